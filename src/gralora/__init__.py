@@ -1,0 +1,26 @@
+"""GraLoRA, Granular Low-Rank Adaptation (NeurIPS 2025), for Hugging Face PEFT.
+
+Importing this package is enough: from then on PEFT uses it for `PeftType.GRALORA`, and
+`peft.GraloraConfig` is the one below.
+"""
+
+from peft import PeftModel, get_peft_model
+
+from gralora.config import GraloraConfig
+from gralora.layer import GraloraLayer
+from gralora.model import GraloraModel, rescale_adapter_scale
+from gralora.registration import register, unregister
+
+__version__ = "0.1.0"
+__all__ = [
+    "GraloraConfig",
+    "GraloraLayer",
+    "GraloraModel",
+    "PeftModel",
+    "get_peft_model",
+    "register",
+    "rescale_adapter_scale",
+    "unregister",
+]
+
+register()

@@ -1,0 +1,166 @@
+"""The mathematics of GraLoRA on plain tensors: one map, three views.
+
+The weight `[out, in]` is cut into k by k blocks. Input block `j` has `n = in/k` features, output block
+`i` has `m = out/k`, and the pair (i, j) owns an adapter of rank `s = r/k`. With `A[j]` of shape `[n, r]`
+read as `[n, (i s)]` and `B[i]` of shape `[r, m]` read as `[(j s), m]`, output block `i` of the update is
+
+    scale * sum_j x_j · A[j][:, i·s:(i+1)·s] · B[i][j·s:(j+1)·s, :]
+
+(Jung et al., NeurIPS 2025, arXiv 2505.20355, section 3). The hybrid part is a plain LoRA of rank
+`hybrid_r` beside it: `scale * B_general · A_general · x`.
+
+`apply` and `add` are the map itself, `dense` is its matrix, `lora_factors` the same matrix as a product
+of two. Nothing here knows about modules or PEFT.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Factors(NamedTuple):
+    """The tensors of one adapter on one layer, all of one dtype and on one device."""
+
+    A: Float[Tensor, "k n r"]
+    B: Float[Tensor, "k r m"]
+    A_general: Float[Tensor, "hybrid_r in"] | None = None
+    B_general: Float[Tensor, "out hybrid_r"] | None = None
+
+    @property
+    def k(self) -> int:
+        """Blocks per side of the weight."""
+        return self.A.shape[0]
+
+    @property
+    def s(self) -> int:
+        """Rank of one pair of blocks, `r / k`."""
+        return self.A.shape[2] // self.A.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input, `k * n`."""
+        return self.A.shape[0] * self.A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output, `k * m`."""
+        return self.B.shape[0] * self.B.shape[2]
+
+    def to(self, dtype: torch.dtype, device: torch.device | None = None) -> "Factors":
+        """Return the same factors in `dtype`, and on `device` where one is given."""
+        return Factors(*(None if tensor is None else tensor.to(device=device, dtype=dtype) for tensor in self))
+
+
+def initialise_(factors: Factors, identity: bool) -> None:
+    """Fill `factors` in place with the starting values.
+
+    A is Kaiming-uniform with a = sqrt 5 by block, that is, uniform within 1/sqrt(n), since a block's
+    fan-in is n; `A_general` is within 1/sqrt(in).
+
+    Args:
+        factors: Tensors to overwrite; on the meta device nothing happens.
+        identity: True sets B to zero, so that the update is exactly zero. False draws B within 1/sqrt(r)
+            and `B_general` within 1/sqrt(hybrid_r), for tests that need a non-zero update.
+    """
+    pairs = [(factors.A, factors.A.shape[1], factors.B, factors.B.shape[1])]
+    if factors.A_general is not None and factors.B_general is not None:
+        pairs.append((factors.A_general, factors.A_general.shape[1], factors.B_general, factors.B_general.shape[1]))
+    with torch.no_grad():
+        for a, fan_in_a, b, fan_in_b in pairs:
+            a.uniform_(-1 / math.sqrt(fan_in_a), 1 / math.sqrt(fan_in_a))
+            if identity:
+                b.zero_()
+            else:
+                b.uniform_(-1 / math.sqrt(fan_in_b), 1 / math.sqrt(fan_in_b))
+
+
+def exchange(h: Float[Tensor, "k t r"]) -> Float[Tensor, "k t r"]:
+    """Swap the block index with the block inside the rank: `[j, t, (i s)]` becomes `[i, t, (j s)]`.
+
+    Its own inverse. This is the only place where a block of the input meets another block of the output.
+    """
+    k, t, r = h.shape
+    return h.view(k, t, k, r // k).permute(2, 1, 0, 3).reshape(k, t, r)
+
+
+def add(
+    result: Float[Tensor, "t out"], x: Float[Tensor, "t in"], factors: Factors, scale: float
+) -> Float[Tensor, "t out"]:
+    """Return `result + update(x)`; `result` is not changed.
+
+    Args:
+        result: Output of the frozen layer, of the dtype of `x`.
+        x: Input, all leading dimensions flattened into t.
+        factors: Adapter, of the dtype of `x`.
+        scale: Factor of the whole update.
+    """
+    A, B, A_general, B_general = factors
+    k, n, _ = A.shape
+    middle = exchange(torch.bmm(x.unflatten(1, (k, n)).transpose(0, 1), A))
+    by_block = result.unflatten(1, (k, B.shape[2])).transpose(0, 1)
+    result = torch.baddbmm(by_block, middle, B, alpha=scale).transpose(0, 1).flatten(1)
+    if A_general is not None and B_general is not None:
+        result = torch.addmm(result, x @ A_general.T, B_general.T, alpha=scale)
+    return result
+
+
+def apply(x: Float[Tensor, "*lead in"], factors: Factors, scale: float) -> Float[Tensor, "*lead out"]:
+    """Return the update alone, for any number of leading dimensions, none included.
+
+    Raises:
+        ValueError: The last dimension of `x` is not the width that `factors` take.
+
+    Example:
+        >>> ones = Factors(A=torch.ones(2, 3, 2), B=torch.ones(2, 2, 1))
+        >>> apply(torch.arange(6.0), ones, scale=1.0)
+        tensor([15., 15.])
+    """
+    if x.shape[-1] != factors.in_features:
+        raise ValueError(f"`x` must have {factors.in_features} features in its last dimension; got {tuple(x.shape)}.")
+    zero = x.new_zeros(x[..., 0].numel(), factors.out_features)
+    return add(zero, x.reshape(-1, factors.in_features), factors, scale).view(*x.shape[:-1], factors.out_features)
+
+
+def dense(factors: Factors, scale: float) -> Float[Tensor, "out in"]:
+    """Return the matrix ΔW of the update, `apply(x) = x ΔWᵀ`, without gradient.
+
+    Every block is one product of `[m, s]` and `[s, n]` written into its place, so that the result is the
+    only tensor of its size. The rank is at most min(k·r + hybrid_r, in, out).
+    """
+    A, B, A_general, B_general = (None if tensor is None else tensor.detach() for tensor in factors)
+    assert A is not None and B is not None
+    k, n, _ = A.shape
+    m, s = B.shape[2], factors.s
+    delta = A.new_empty(k * m, k * n)
+    for i in range(k):
+        for j in range(k):
+            block = delta[i * m : (i + 1) * m, j * n : (j + 1) * n]
+            torch.mm(B[i, j * s : (j + 1) * s].T, A[j, :, i * s : (i + 1) * s].T, out=block)
+    if A_general is not None and B_general is not None:
+        delta.addmm_(B_general, A_general)
+    return delta.mul_(scale)
+
+
+def lora_factors(
+    factors: Factors,
+) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
+    """Return LoRA matrices whose product is the unscaled ΔW, *exact*: every entry is copied or zero.
+
+    The rank is `k·r + hybrid_r`. `lora_A` is block-diagonal, r rows for each input block; the columns
+    `j·r + i·s …` of `lora_B` hold the j-th slice of `B[i]` in the rows of output block i.
+    """
+    A, B, A_general, B_general = factors
+    k, _, r = A.shape
+    m, s = B.shape[2], factors.s
+    lora_a = torch.block_diag(*(block.T for block in A))
+    lora_b = B.new_zeros(k, m, k, k, s)
+    for i in range(k):
+        lora_b[i, :, :, i] = B[i].view(k, s, m).permute(2, 0, 1)
+    lora_b = lora_b.view(k * m, k * r)
+    if A_general is not None and B_general is not None:
+        lora_a = torch.cat([lora_a, A_general])
+        lora_b = torch.cat([lora_b, B_general], dim=1)
+    return lora_a, lora_b

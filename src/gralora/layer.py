@@ -1,0 +1,366 @@
+"""The tuner layer: parameters, active adapters, dropout, dtype. The mathematics is in `blocks`."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from gralora import base_weight, blocks
+from gralora.base_weight import MergeRecord
+from gralora.config import LayerSettings
+
+
+class Factor(nn.Module):
+    """Holder of one tensor, which calling it returns.
+
+    A parameter inside a module that is called meets the hooks of accelerate and FSDP, and its name,
+    `….gralora_A.default.weight`, is one that TRL finds when it copies an adapter.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self) -> Tensor:
+        """Return the tensor."""
+        return self.weight
+
+
+class FactorDict(nn.ModuleDict):
+    """Adapter name to parameter, stored as `Factor` modules.
+
+    Reads and writes like a `ParameterDict`, as PEFT expects: `factors["default"]` is the parameter.
+    Assigning a tensor gives a leaf that keeps the `requires_grad` of the parameter it replaces.
+    """
+
+    def __getitem__(self, key: str) -> nn.Parameter:
+        return self._modules[key].weight
+
+    def __setitem__(self, key: str, value: Tensor | nn.Module) -> None:
+        if isinstance(value, nn.Module):
+            super().__setitem__(key, value)
+            return
+        requires_grad = self[key].requires_grad if key in self else value.requires_grad
+        if key not in self:
+            super().__setitem__(key, Factor(value.detach()))
+        self._modules[key].weight = nn.Parameter(value.detach(), requires_grad=requires_grad)
+
+    def items(self) -> list[tuple[str, nn.Parameter]]:
+        """Return pairs of adapter name and parameter."""
+        return [(key, self[key]) for key in self]
+
+    def values(self) -> list[nn.Parameter]:
+        """Return the parameters."""
+        return [self[key] for key in self]
+
+    def call(self, key: str) -> Tensor:
+        """Return the tensor by calling its holder, so that hooks on it run."""
+        return self._modules[key]()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A state dict of PEFT's own tuner has `gralora_A.<name>` where ours has `gralora_A.<name>.weight`.
+        for name in self:
+            if prefix + name in state_dict:
+                state_dict[f"{prefix}{name}.weight"] = state_dict.pop(prefix + name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class GraloraLayer(nn.Module, BaseTunerLayer):
+    """A frozen layer and the GraLoRA adapters on it (PEFT's contract for tuner layers).
+
+    It holds its base and is no `nn.Linear` itself: tools that swap linears by type find the base.
+
+    Attributes:
+        gralora_A: Adapter name to parameter `[k, n, r]`.
+        gralora_B: Adapter name to parameter `[k, r, m]`.
+        gralora_A_general: Adapter name to parameter `[hybrid_r, in]`, held as `.weight`.
+        gralora_B_general: Adapter name to parameter `[out, hybrid_r]`, held as `.weight`.
+        r, hybrid_r, alpha, gralora_k, scaling: Adapter name to number.
+    """
+
+    adapter_layer_names = ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general")
+    other_param_names = ("r", "hybrid_r", "alpha", "gralora_k", "scaling", "initial_scaling", "gralora_dropout")
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        in_features: int,
+        out_features: int,
+        quantization_backend: QuantizationBackend | None = None,
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features = in_features
+        self.out_features = out_features
+        self.quantization_backend = quantization_backend
+        self.gralora_A = FactorDict()
+        self.gralora_B = FactorDict()
+        self.gralora_A_general = nn.ModuleDict()
+        self.gralora_B_general = nn.ModuleDict()
+        self.gralora_dropout = nn.ModuleDict()
+        self.r: dict[str, int] = {}
+        self.hybrid_r: dict[str, int] = {}
+        self.alpha: dict[str, float] = {}
+        self.gralora_k: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        self.initial_scaling: dict[str, float] = {}
+        self.base_is_shared = False  # another module holds the same weight; kept up to date by the model
+        self._merges: list[MergeRecord] = []
+        self._active_adapter = []
+
+    def add_adapter(self, adapter_name: str, settings: LayerSettings, on_meta: bool = False) -> None:
+        """Create the parameters of one adapter, on the device and in the dtype of the base.
+
+        Args:
+            adapter_name: Its name; an adapter of that name is replaced.
+            settings: Ranks, blocks, scale and initialisation.
+            on_meta: Create them without storage, to be assigned by loading.
+
+        Raises:
+            ValueError: `gralora_k` divides `r` or a width of the layer with a remainder.
+        """
+        if remainder := self.misfit(settings.gralora_k, settings.r, self.in_features, self.out_features):
+            raise ValueError(remainder)
+        device = torch.device("meta") if on_meta else None
+        k, r, q = settings.gralora_k, settings.r, settings.hybrid_r
+        factors = blocks.Factors(
+            A=torch.empty(k, self.in_features // k, r, device=device),
+            B=torch.empty(k, r, self.out_features // k, device=device),
+            A_general=torch.empty(q, self.in_features, device=device) if q else None,
+            B_general=torch.empty(self.out_features, q, device=device) if q else None,
+        )
+        blocks.initialise_(factors, identity=settings.init_weights)
+        for container, tensor in zip(self._containers(), factors, strict=True):
+            if tensor is not None:
+                container[adapter_name] = Factor(tensor)
+        self.r[adapter_name] = r
+        self.hybrid_r[adapter_name] = q
+        self.alpha[adapter_name] = settings.alpha
+        self.gralora_k[adapter_name] = k
+        self.scaling[adapter_name] = self.initial_scaling[adapter_name] = settings.scaling
+        p = settings.gralora_dropout
+        self.gralora_dropout[adapter_name] = nn.Dropout(p) if p else nn.Identity()
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    @staticmethod
+    def misfit(k: int, r: int, in_features: int, out_features: int) -> str | None:
+        """Return why `k` blocks per side don't fit a layer of these widths, or None where they do."""
+        for name, value in (("r", r), ("in_features", in_features), ("out_features", out_features)):
+            if value % k:
+                fitting = [d for d in range(1, r + 1) if not (r % d or in_features % d or out_features % d)]
+                return (
+                    f"`gralora_k` must divide `{name}`; got gralora_k={k} with {name}={value}. "
+                    f"Values that fit r={r}, in_features={in_features}, out_features={out_features}: "
+                    f"{', '.join(map(str, fitting))}."
+                )
+        return None
+
+    def factors(self, adapter_name: str, call: bool = False) -> blocks.Factors:
+        """Return the tensors of an adapter as they are stored.
+
+        Args:
+            adapter_name: Its name.
+            call: Fetch them by calling their holders, as a forward pass must.
+        """
+        found = [
+            container._modules[adapter_name] if adapter_name in container else None for container in self._containers()
+        ]
+        return blocks.Factors(*(holder if holder is None else holder() if call else holder.weight for holder in found))
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """Return ΔW of one adapter, `[out, in]` (`[in, out]` where the base stores it so).
+
+        Computed in float32 whatever the parameters are, in float64 for float64, outside autocast.
+        """
+        factors = self.factors(adapter_name)
+        dtype = torch.float64 if factors.A.dtype == torch.float64 else torch.float32
+        with torch.autocast(factors.A.device.type, enabled=False), torch.no_grad():
+            delta = blocks.dense(factors.to(dtype), self.scaling[adapter_name])
+        return delta.T if self.fan_in_fan_out else delta
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the base stores its weight as `[in, out]`, as transformers' Conv1D does."""
+        return isinstance(self.get_base_layer(), Conv1D)
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Names of the adapters that are merged into the base weight, in the order of merging."""
+        return [name for record in self._merges for name in record.adapter_names]
+
+    def obstacle_to_merging(self) -> str | None:
+        """Return why the base weight can't be merged into, or None where it can."""
+        return base_weight.obstacle_to_merging(self.get_base_layer(), self.quantization_backend)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold adapters into the base weight, all of them or none.
+
+        Args:
+            safe_merge: Refuse a result that is not finite.
+            adapter_names: Which; the active ones by default. Those merged already are skipped.
+
+        Raises:
+            ValueError: An unknown adapter name, or a non-finite result with `safe_merge`.
+            RuntimeError: The base weight can't be read or rewritten.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.gralora_A]
+        if not names:
+            return
+        if obstacle := self.obstacle_to_merging():
+            raise RuntimeError(
+                f"this layer can't be merged: {obstacle}. The adapter trains and serves unmerged; "
+                "to merge, load the base model in 16 or 32 bits."
+            )
+        base = self.get_base_layer()
+        delta = self.get_delta_weight(names[0])
+        for name in names[1:]:
+            delta = delta + self.get_delta_weight(name)
+        merged = base_weight.merged_weight(base.weight, delta.to(base.weight.device))
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(
+                f"the merged weight must be finite; merging {', '.join(map(repr, names))} gives non-finite values. "
+                "Nothing was merged."
+            )
+        self._merges.append(base_weight.merge(base, merged, names, self.base_is_shared))
+
+    def unmerge(self) -> None:
+        """Undo every merge; the base weight gets its bits back."""
+        if not self._merges:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        while self._merges:
+            self.undo_last_merge()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return the base layer, merged or as it was (PEFT calls this from `merge_and_unload` and `unload`)."""
+        if merge:
+            wanted = self.active_adapters if adapter_names is None else adapter_names
+            if missing := [name for name in wanted if name not in self.merged_adapters]:
+                self.merge(safe_merge=safe_merge, adapter_names=missing)
+        elif self.merged:
+            self.unmerge()
+        return self.get_base_layer()
+
+    def undo_last_merge(self) -> None:
+        """Undo the latest merge."""
+        self._merges.pop().undo(self.get_base_layer())
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters; a merged layer is unmerged first."""
+        if self.merged:
+            warnings.warn("The layer is merged: unmerging it before the adapter is set.", stacklevel=2)
+            self.unmerge()
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch the adapters on or off; switching off unmerges."""
+        if not enabled and self.merged:
+            warnings.warn("The adapters are merged: unmerging them to disable them.", stacklevel=2)
+            self.unmerge()
+        super().enable_adapters(enabled)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the scaling of one adapter to `scale` times its configured one (PEFT's scale API)."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self.initial_scaling[adapter]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of every active adapter by `scale`."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of every active adapter by `scale`; None goes back to the configured one."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] = self.initial_scaling[name] if scale is None else self.scaling[name] / scale
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return True: the update is additive."""
+        return True
+
+    def extra_repr(self) -> str:
+        """Show the widths, and the quantisation of the base."""
+        backend = self.quantization_backend
+        quantised = f", quantization_backend={backend.backend_name!r}" if backend else ""
+        return f"in_features={self.in_features}, out_features={self.out_features}{quantised}"
+
+    def __repr__(self) -> str:
+        return "gralora." + super().__repr__()
+
+    def _containers(self) -> Iterator[nn.ModuleDict]:
+        return (getattr(self, name) for name in self.adapter_layer_names)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GraloraLayer":
+        # `.to`, `.half`, `.cuda` on a merged layer: the record must not cross devices or dtypes.
+        merges = [record.adapter_names for record in self._merges]
+        if merges:
+            self.unmerge()
+        super()._apply(fn, recurse)
+        for names in merges:
+            self.merge(adapter_names=names)
+        return self
+
+
+class Linear(GraloraLayer):
+    """GraLoRA on `nn.Linear`, transformers' `Conv1D`, and what PEFT has a linear quantisation backend for."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the base's output plus the update of every active adapter that is not merged.
+
+        Args:
+            x: Input `[..., in]`, any number of leading dimensions, none included.
+            *args: Passed on to the base layer.
+            **kwargs: Likewise.
+
+        Returns:
+            Output `[..., out]` in the dtype of the base's own output.
+
+        Raises:
+            NotImplementedError: `adapter_names` asks for a different adapter in each row.
+        """
+        if kwargs.pop("adapter_names", None) is not None:
+            raise NotImplementedError("`adapter_names`, a different adapter for each row of a batch, can't be used yet.")
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return result
+        for name in self.active_adapters:
+            if name in self.gralora_A and name not in self.merged_adapters:
+                result = self._add_update(result, x, name)
+        return result
+
+    def _add_update(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
+        # Small tensors follow the big ones: the factors go to the compute dtype, never x up to theirs.
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        factors = self.factors(adapter_name, call=True).to(dtype, x.device)
+        x = self.gralora_dropout[adapter_name](x).reshape(-1, self.in_features).to(dtype)
+        rows = result.reshape(-1, self.out_features)
+        if result.dtype == dtype:
+            updated = blocks.add(rows, x, factors, self.scaling[adapter_name])
+        else:
+            updated = rows + blocks.apply(x, factors, self.scaling[adapter_name]).to(result.dtype)
+        return updated.view(result.shape)
+
+
+def resolve_base(module: nn.Module, **quantization: Any) -> QuantizationBackend | None:
+    """Return the quantisation backend of a layer that `Linear` can extend, None for a plain one.
+
+    Raises:
+        TypeError: `Linear` can't extend it.
+    """
+    backend = resolve_quantization_backend(module, **quantization)
+    if backend is None and not isinstance(module, nn.Linear | Conv1D):
+        raise TypeError(
+            f"GraLoRA adapts nn.Linear and transformers' Conv1D, quantised or not; got {type(module).__name__}."
+        )
+    if backend is not None and backend.layer_type != "linear":
+        raise TypeError(f"GraLoRA adapts linear layers; got {type(module).__name__}.")
+    return backend

@@ -1,0 +1,384 @@
+"""GraloraModel: finds the targets, checks them all, then puts the layers in."""
+
+import difflib
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _get_in_out_features,
+    _maybe_include_all_linear_layers,
+    onload_layer,
+)
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.quantization_utils import QuantizationBackend, get_quantization_kwargs
+from torch import Tensor, nn
+
+from gralora.config import ALL_LINEAR, GraloraConfig
+from gralora.layer import GraloraLayer, Linear, resolve_base
+
+# Modules whose caller reads their weight instead of calling them, by transformers' `model_type`: an
+# adapter there would train and do nothing.
+_MAMBA = {"out_proj", "conv1d"}
+_WEIGHT_READERS = {
+    "mamba": _MAMBA | {"x_proj", "dt_proj"},
+    "falcon_mamba": _MAMBA | {"x_proj", "dt_proj"},
+    "mamba2": _MAMBA,
+    "nemotron_h": _MAMBA,
+    "falcon_h1": _MAMBA,
+    "bamba": _MAMBA,
+    "granitemoehybrid": _MAMBA,
+    "zamba2": _MAMBA,
+    "wavlm": {"q_proj", "k_proj", "v_proj", "out_proj"},
+}
+
+
+@dataclass
+class _Target:
+    """A module that an adapter is about to be put on."""
+
+    name: str
+    parent: nn.Module
+    module: nn.Module
+
+    def misfit(self, config: GraloraConfig) -> str | None:
+        settings = config.settings_for(self.name)
+        in_features, out_features = _widths(self.module)
+        return GraloraLayer.misfit(settings.gralora_k, settings.r, in_features, out_features)
+
+
+class GraloraModel(BaseTuner):
+    """A model with GraLoRA adapters on some of its layers (PEFT's contract for tuners).
+
+    Made by `get_peft_model` and `PeftModel.from_pretrained`; everything is checked before the model is
+    touched, and a failure leaves it as it was.
+    """
+
+    prefix = "gralora_"
+    tuner_layer_cls = GraloraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Put the adapter `adapter_name` on `model` (PEFT's contract), or leave it as it was.
+
+        The config is copied first, so that the caller's stays untouched and PEFT's own class is taken too.
+
+        Raises:
+            ValueError: A width that `gralora_k` can't divide, or a layer whose weight is read by its caller.
+            TypeError: A module of a kind that GraLoRA can't adapt.
+            RuntimeError: A base weight that lies on disk.
+        """
+        # A plain assignment, not an item of `other_param_names`: BaseTuner offers no way to pass it on.
+        self._create_on_meta = low_cpu_mem_usage
+        with _all_or_nothing(model, self.peft_config, adapter_name):
+            config = self.peft_config[adapter_name] = GraloraConfig.copy_of(self.peft_config[adapter_name])
+            asked = config.target_modules
+            config = self._prepare_adapter_config(config, self.get_model_config(model))
+            targets = self._find_targets(model, config, state_dict)
+            if isinstance(asked, str) and asked.lower() == ALL_LINEAR and state_dict is None:
+                targets = _leave_out_misfits(targets, config)
+                config.target_modules = {target.name for target in targets}
+            elif isinstance(asked, set) and state_dict is None:
+                _warn_of_unmatched_names(asked, model)
+            for target in targets:
+                self._check_target(target, config, model)
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        self._mark_shared_weights()
+        _announce_unmergeable(target for target in targets if not isinstance(target.module, GraloraLayer))
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base weights, in every layer or in none.
+
+        Args:
+            adapter_names: Which; the active ones by default.
+            safe_merge: Refuse a result that is not finite.
+
+        Raises:
+            ValueError: An adapter that does not exist, or with `safe_merge` a non-finite result.
+            RuntimeError: A base weight that can't be read or rewritten.
+        """
+        if unknown := sorted(set(adapter_names or ()) - set(self.peft_config)):
+            raise ValueError(
+                f"`adapter_names` must name adapters of this model, {sorted(self.peft_config)}; got {unknown}."
+            )
+        self._mark_shared_weights()
+        layers = {name: m for name, m in self.model.named_modules() if isinstance(m, GraloraLayer)}
+        done: list[tuple[GraloraLayer, int]] = []
+        for name, layer in layers.items():
+            if obstacle := layer.obstacle_to_merging():
+                raise RuntimeError(
+                    f"Nothing was merged: {name!r} can't be, because {obstacle}. The adapter trains and serves "
+                    "unmerged; to merge, load the base model in 16 or 32 bits."
+                )
+        for name, layer in layers.items():
+            before = len(layer._merges)
+            try:
+                with onload_layer(layer):
+                    layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            except BaseException as error:
+                for merged, depth in reversed(done):
+                    with onload_layer(merged):
+                        while len(merged._merges) > depth:
+                            merged.undo_last_merge()
+                error.add_note(f"at {name!r}; no layer of the model was merged")
+                if isinstance(error, ValueError | RuntimeError):
+                    raise type(error)(f"{error} (at {name!r}; no layer was merged)") from error
+                raise
+            done.append((layer, before))
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        # Merging first, over all layers, keeps the whole atomic; what follows only swaps modules.
+        if merge:
+            self.merge_adapter(adapter_names, safe_merge)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not yet: combining adapters.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError("`add_weighted_adapter` can't be used with GraLoRA yet.")
+
+    def _check_merge_allowed(self) -> None:
+        """Tied weights need no warning: a merge gives the adapted module a parameter of its own."""
+
+    def _check_target(self, target: _Target, config: GraloraConfig, model: nn.Module) -> None:
+        try:
+            self._check_target_module_compatiblity(config, model, target.name.rpartition(".")[2])
+            if isinstance(target.parent, nn.MultiheadAttention):
+                raise TypeError("nn.MultiheadAttention reads this layer's weight instead of calling it")
+            if not isinstance(target.module, GraloraLayer):
+                resolve_base(target.module, **get_quantization_kwargs(model))
+            if misfit := target.misfit(config):
+                raise ValueError(misfit)
+        except (TypeError, ValueError) as error:
+            way_out = "Take it out of `target_modules`, or name it in `exclude_modules`."
+            raise type(error)(f"{target.name!r} can't be adapted: {error} {way_out}") from None
+        weight = getattr(target.module, "weight", None)
+        on_disk = isinstance(weight, Tensor) and weight.device.type == "meta" and not hasattr(target.module, "_hf_hook")
+        if on_disk and "disk" in getattr(model, "hf_device_map", {}).values():
+            raise RuntimeError(
+                f"{target.name!r} can't be adapted: its weight is offloaded to disk, and PEFT's loading over disk "
+                "offload knows LoRA's names only. Load the base model with more CPU memory (`max_memory`), or put "
+                "the adapter on with `get_peft_model` and load its weights with `set_peft_model_state_dict`."
+            )
+
+    def _check_target_module_compatiblity(self, peft_config: GraloraConfig, model: nn.Module, target_name: str) -> None:
+        model_type = self.get_model_config(model).get("model_type")
+        if target_name in _WEIGHT_READERS.get(model_type, ()):
+            raise ValueError(
+                f"models of type {model_type!r} read the weight of {target_name!r} instead of calling it, so that an "
+                "adapter there does nothing."
+            )
+
+    def _find_targets(
+        self, model: nn.Module, config: GraloraConfig, state_dict: dict[str, Tensor] | None
+    ) -> list[_Target]:
+        """Return what PEFT's own matching will choose, without changing anything but `config.target_modules`."""
+        modules = dict(model.named_modules())
+        inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
+        if state_dict is None:
+            _maybe_include_all_linear_layers(config, model)
+            chosen = [name for name in modules if self._check_target_module_exists(config, name) is True
+                      or _is_match(self._check_target_module_exists(config, name))]
+        else:
+            named = {key.rsplit(f".{self.prefix}", 1)[0].removeprefix("_orig_mod.") for key in state_dict}
+            chosen = [name for name in modules if name.removeprefix("_orig_mod.") in named]
+        return [
+            _Target(name, modules[name.rpartition(".")[0]], modules[name])
+            for name in chosen
+            if name and not name.startswith(inside)
+        ]
+
+    def _create_and_replace(
+        self,
+        peft_config: GraloraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = target
+        if not isinstance(layer, GraloraLayer):
+            backend = resolve_base(target, **get_quantization_kwargs(self.model))
+            layer = Linear(target, *_widths(target), quantization_backend=backend)
+            if isinstance(parent, nn.TransformerEncoderLayer):
+                # PyTorch's inference fast path reads the weights of its linears; a hook on one turns it off.
+                layer.register_forward_pre_hook(_do_nothing)
+        layer.add_adapter(adapter_name, peft_config.settings_for(current_key), on_meta=self._create_on_meta)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's version copies `weight` over, which a head that is a container of modules does not have.
+        setattr(parent, child_name, new_module)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise NotImplementedError("`adapter_names`, a different adapter for each row of a batch, can't be used yet.")
+        yield
+
+    def _mark_shared_weights(self) -> None:
+        held = Counter(
+            id(parameter) for module in self.model.modules() for parameter in module._parameters.values()
+        )
+        for module in self.model.modules():
+            if isinstance(module, GraloraLayer):
+                weight = getattr(module.get_base_layer(), "weight", None)
+                module.base_is_shared = module.base_is_shared if module.merged else held[id(weight)] > 1
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: GraloraConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        if any(isinstance(module, GraloraLayer) and module.merged for module in model.modules()):
+            warnings.warn(
+                "The adapter is merged; what is saved is the adapter alone. For the merged model, save what "
+                "`merge_and_unload()` returns.",
+                stacklevel=2,
+            )
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        for factor in ("gralora_A", "gralora_B"):
+            for ending in (f".{factor}.{adapter_name}.weight", f".{factor}.{adapter_name}"):
+                if key.endswith(ending):
+                    return key.removesuffix(ending) + f".{factor}"
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+
+@contextmanager
+def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
+    """Multiply the scaling of every active GraLoRA adapter in `model` while the context lasts.
+
+    Args:
+        model: Any module with GraLoRA layers in it.
+        multiplier: A finite number.
+
+    Raises:
+        ValueError: No GraLoRA layer in `model`, or a multiplier that is not a finite number.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GraloraLayer)]
+    if not layers:
+        raise ValueError(f"`model` must have GraLoRA layers; got {type(model).__name__} without any.")
+    if isinstance(multiplier, bool) or not isinstance(multiplier, int | float) or not abs(multiplier) < float("inf"):
+        raise ValueError(f"`multiplier` must be a finite number; got multiplier={multiplier!r}.")
+    before = [dict(layer.scaling) for layer in layers]
+    try:
+        for layer in layers:
+            layer.scale_layer(multiplier)
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling.update(scaling)
+
+
+@contextmanager
+def _all_or_nothing(model: nn.Module, configs: dict[str, Any], adapter_name: str) -> Iterator[None]:
+    """Put the module tree, `requires_grad` and the adapter's settings back if the body raises."""
+    children = [(module, dict(module._modules)) for module in model.modules()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    active = [(m, m._active_adapter) for m in model.modules() if isinstance(m, GraloraLayer)]
+    try:
+        yield
+    except BaseException:
+        configs.pop(adapter_name, None)
+        for module, submodules in children:
+            module._modules.clear()
+            module._modules.update(submodules)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad = requires_grad
+        for layer, names in active:
+            layer._active_adapter = names
+            for attribute in layer.other_param_names:
+                settings = getattr(layer, attribute)
+                if isinstance(settings, dict):
+                    settings.pop(adapter_name, None)
+        raise
+
+
+def _leave_out_misfits(targets: list[_Target], config: GraloraConfig) -> list[_Target]:
+    """Return the targets that fit; say once which of "all linear layers" do not."""
+    fitting, left_out = [], []
+    for target in targets:
+        misfits = isinstance(target.parent, nn.MultiheadAttention) or target.misfit(config)
+        (left_out if misfits else fitting).append(target)
+    if left_out:
+        names = ", ".join(repr(target.name) for target in left_out[:8])
+        more = f" and {len(left_out) - 8} more" if len(left_out) > 8 else ""
+        warnings.warn(
+            f"`target_modules='all-linear'` leaves out {names}{more}: `gralora_k={config.gralora_k}` does not divide "
+            "their widths, or their weight is read without calling them. Name them in `exclude_modules` to "
+            "silence this.",
+            stacklevel=2,
+        )
+    return fitting
+
+
+def _warn_of_unmatched_names(asked: set[str], model: nn.Module) -> None:
+    """Name the entries of a target list that match nothing; where nothing matches at all, PEFT raises."""
+    names = [name for name, _ in model.named_modules()]
+    unmatched = sorted(t for t in asked if not any(name == t or name.endswith(f".{t}") for name in names))
+    if not unmatched or len(unmatched) == len(asked):
+        return
+    last_parts = {name.rpartition(".")[2] for name, m in model.named_modules() if not list(m.children())}
+    hints = []
+    for target in unmatched:
+        near = difflib.get_close_matches(target.rpartition(".")[2], sorted(last_parts), n=3)
+        hints.append(f"{target!r}" + (f" (nearest: {', '.join(map(repr, near))})" if near else ""))
+    warnings.warn(f"`target_modules` names that match no module: {'; '.join(hints)}.", stacklevel=2)
+
+
+def _announce_unmergeable(targets: Iterator[_Target]) -> None:
+    obstacles = Counter()
+    for target in targets:
+        layer = getattr(target.parent, target.name.rpartition(".")[2])
+        if isinstance(layer, GraloraLayer) and (obstacle := layer.obstacle_to_merging()):
+            obstacles[obstacle] += 1
+    for obstacle, count in obstacles.items():
+        warnings.warn(
+            f"{count} adapted layers can't be merged, because of each {obstacle}. They train and serve.", stacklevel=2
+        )
+
+
+def _widths(module: nn.Module) -> tuple[int, int]:
+    if isinstance(module, GraloraLayer):
+        return module.in_features, module.out_features
+    return _get_in_out_features(module)
+
+
+def _is_match(result: Any) -> bool:
+    return bool(result) and type(result).__name__ != "_ExcludedModule"
+
+
+def _do_nothing(*_: Any) -> None:
+    return None
