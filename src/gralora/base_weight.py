@@ -33,8 +33,6 @@ def obstacle_to_merging(base: nn.Module, backend: QuantizationBackend | None) ->
         return f"its base, {type(base).__name__}, holds no plain `weight` parameter"
     if not weight.is_floating_point():
         return f"its base weight is of type {weight.dtype}"
-    if weight.device.type == "meta":
-        return "its base weight is not loaded (meta device)"
     return None
 
 

@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """The mathematics of GraLoRA on plain tensors: one map, three views.
 
 The weight `[out, in]` is cut into k by k blocks. Input block `j` has `n = in/k` features, output block
@@ -51,7 +52,13 @@ class Factors(NamedTuple):
 
     def to(self, dtype: torch.dtype, device: torch.device | None = None) -> "Factors":
         """Return the same factors in `dtype`, and on `device` where one is given."""
-        return Factors(*(None if tensor is None else tensor.to(device=device, dtype=dtype) for tensor in self))
+        A, B, A_general, B_general = self
+        return Factors(
+            A.to(device=device, dtype=dtype),
+            B.to(device=device, dtype=dtype),
+            None if A_general is None else A_general.to(device=device, dtype=dtype),
+            None if B_general is None else B_general.to(device=device, dtype=dtype),
+        )
 
 
 def initialise_(factors: Factors, identity: bool) -> None:
@@ -124,14 +131,14 @@ def apply(x: Float[Tensor, "*lead in"], factors: Factors, scale: float) -> Float
     return add(zero, x.reshape(-1, factors.in_features), factors, scale).view(*x.shape[:-1], factors.out_features)
 
 
+@torch.no_grad()
 def dense(factors: Factors, scale: float) -> Float[Tensor, "out in"]:
     """Return the matrix ΔW of the update, `apply(x) = x ΔWᵀ`, without gradient.
 
     Every block is one product of `[m, s]` and `[s, n]` written into its place, so that the result is the
     only tensor of its size. The rank is at most min(k·r + hybrid_r, in, out).
     """
-    A, B, A_general, B_general = (None if tensor is None else tensor.detach() for tensor in factors)
-    assert A is not None and B is not None
+    A, B, A_general, B_general = factors
     k, n, _ = A.shape
     m, s = B.shape[2], factors.s
     delta = A.new_empty(k * m, k * n)

@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """What a user can ask for, and every check that needs no model."""
 
 import copy
@@ -123,7 +124,7 @@ class GraloraConfig(PeftConfig):
         """
 
         def value_of(patterns: dict[str, Any] | None, default: Any) -> Any:
-            return (patterns or {}).get(get_pattern_key((patterns or {}).keys(), module_name), default)
+            return (patterns or {}).get(get_pattern_key(list(patterns or {}), module_name), default)
 
         r, k = value_of(self.rank_pattern, self.r), value_of(self.k_pattern, self.gralora_k)
         if r % k:

@@ -34,8 +34,9 @@ class Factor(nn.Module):
 class FactorDict(nn.ModuleDict):
     """Adapter name to parameter, stored as `Factor` modules.
 
-    Reads and writes like a `ParameterDict`, as PEFT expects: `factors["default"]` is the parameter.
-    Assigning a tensor gives a leaf that keeps the `requires_grad` of the parameter it replaces.
+    `factors["default"]` is the parameter itself; `items()` and `values()` give the holders, as PEFT
+    expects of a ModuleDict. Assigning a tensor gives a leaf that keeps the `requires_grad` of the
+    parameter it replaces.
     """
 
     def __getitem__(self, key: str) -> nn.Parameter:
@@ -49,18 +50,6 @@ class FactorDict(nn.ModuleDict):
         if key not in self:
             super().__setitem__(key, Factor(value.detach()))
         self._modules[key].weight = nn.Parameter(value.detach(), requires_grad=requires_grad)
-
-    def items(self) -> list[tuple[str, nn.Parameter]]:
-        """Return pairs of adapter name and parameter."""
-        return [(key, self[key]) for key in self]
-
-    def values(self) -> list[nn.Parameter]:
-        """Return the parameters."""
-        return [self[key] for key in self]
-
-    def call(self, key: str) -> Tensor:
-        """Return the tensor by calling its holder, so that hooks on it run."""
-        return self._modules[key]()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A state dict of PEFT's own tuner has `gralora_A.<name>` where ours has `gralora_A.<name>.weight`.
@@ -109,6 +98,7 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
         self.gralora_k: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.initial_scaling: dict[str, float] = {}
+        self.cast_input_dtype_enabled = True  # set by PEFT and diffusers; x is never cast up, so nothing depends on it
         self.base_is_shared = False  # another module holds the same weight; kept up to date by the model
         self._merges: list[MergeRecord] = []
         self._active_adapter = []
@@ -145,7 +135,9 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
         self.scaling[adapter_name] = self.initial_scaling[adapter_name] = settings.scaling
         p = settings.gralora_dropout
         self.gralora_dropout[adapter_name] = nn.Dropout(p) if p else nn.Identity()
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        # Under accelerate's offloading the base weight itself is on meta; its hook knows where it computes.
+        offload = getattr(self.get_base_layer(), "_hf_hook", None)
+        self._move_adapter_to_device_of_base_layer(adapter_name, device=getattr(offload, "execution_device", None))
 
     @staticmethod
     def misfit(k: int, r: int, in_features: int, out_features: int) -> str | None:
@@ -217,6 +209,8 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
                 "to merge, load the base model in 16 or 32 bits."
             )
         base = self.get_base_layer()
+        if base.weight.device.type == "meta":
+            raise RuntimeError("this layer can't be merged: its base weight is not loaded (meta device).")
         delta = self.get_delta_weight(names[0])
         for name in names[1:]:
             delta = delta + self.get_delta_weight(name)
@@ -327,7 +321,9 @@ class Linear(GraloraLayer):
             NotImplementedError: `adapter_names` asks for a different adapter in each row.
         """
         if kwargs.pop("adapter_names", None) is not None:
-            raise NotImplementedError("`adapter_names`, a different adapter for each row of a batch, can't be used yet.")
+            raise NotImplementedError(
+                "`adapter_names`, a different adapter for each row of a batch, can't be used yet."
+            )
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result
@@ -337,6 +333,11 @@ class Linear(GraloraLayer):
         return result
 
     def _add_update(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
+        if result.is_nested:  # PyTorch's transformer encoder packs padded batches so
+            parts = zip(result.unbind(), x.unbind(), strict=True)
+            return torch.nested.as_nested_tensor(
+                [self._add_update(part, x_part, adapter_name) for part, x_part in parts], layout=result.layout
+            )
         # Small tensors follow the big ones: the factors go to the compute dtype, never x up to theirs.
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -8,16 +8,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import torch
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
+    _ExcludedModule,
     _get_in_out_features,
     _maybe_include_all_linear_layers,
     onload_layer,
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.quantization_utils import QuantizationBackend, get_quantization_kwargs
+from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from gralora.config import ALL_LINEAR, GraloraConfig
@@ -199,8 +199,8 @@ class GraloraModel(BaseTuner):
         inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
         if state_dict is None:
             _maybe_include_all_linear_layers(config, model)
-            chosen = [name for name in modules if self._check_target_module_exists(config, name) is True
-                      or _is_match(self._check_target_module_exists(config, name))]
+            matches = {name: self._check_target_module_exists(config, name) for name in modules}
+            chosen = [name for name, match in matches.items() if match and not isinstance(match, _ExcludedModule)]
         else:
             named = {key.rsplit(f".{self.prefix}", 1)[0].removeprefix("_orig_mod.") for key in state_dict}
             chosen = [name for name in modules if name.removeprefix("_orig_mod.") in named]
@@ -238,13 +238,13 @@ class GraloraModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
-            raise NotImplementedError("`adapter_names`, a different adapter for each row of a batch, can't be used yet.")
+            raise NotImplementedError(
+                "`adapter_names`, a different adapter for each row of a batch, can't be used yet."
+            )
         yield
 
     def _mark_shared_weights(self) -> None:
-        held = Counter(
-            id(parameter) for module in self.model.modules() for parameter in module._parameters.values()
-        )
+        held = Counter(id(parameter) for module in self.model.modules() for parameter in module._parameters.values())
         for module in self.model.modules():
             if isinstance(module, GraloraLayer):
                 weight = getattr(module.get_base_layer(), "weight", None)
@@ -374,10 +374,6 @@ def _widths(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, GraloraLayer):
         return module.in_features, module.out_features
     return _get_in_out_features(module)
-
-
-def _is_match(result: Any) -> bool:
-    return bool(result) and type(result).__name__ != "_ExcludedModule"
 
 
 def _do_nothing(*_: Any) -> None:

