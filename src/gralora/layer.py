@@ -10,7 +10,7 @@ from peft.utils.quantization_utils import QuantizationBackend, resolve_quantizat
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gralora import base_weight, blocks
+from gralora import base_weight, blocks, fused
 from gralora.base_weight import MergeRecord
 from gralora.config import LayerSettings
 
@@ -157,12 +157,17 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
 
         Args:
             adapter_name: Its name.
-            call: Fetch them by calling their holders, as a forward pass must.
+            call: Fetch them by calling their holders, as a forward pass must where these have hooks.
         """
-        found = [
-            container._modules[adapter_name] if adapter_name in container else None for container in self._containers()
-        ]
-        return blocks.Factors(*(holder if holder is None else holder() if call else holder.weight for holder in found))
+        return blocks.Factors(
+            *(
+                holder if holder is None else holder() if call else holder._parameters["weight"]
+                for holder in self._holders(adapter_name)
+            )
+        )
+
+    def _holders(self, adapter_name: str) -> list[Factor | None]:
+        return [container._modules.get(adapter_name) for container in self._containers()]
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """Return ΔW of one adapter, `[out, in]` (`[in, out]` where the base stores it so).
@@ -290,7 +295,7 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
         return "gralora." + super().__repr__()
 
     def _containers(self) -> Iterator[nn.ModuleDict]:
-        return (getattr(self, name) for name in self.adapter_layer_names)
+        return (self._modules[name] for name in self.adapter_layer_names)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GraloraLayer":
         # `.to`, `.half`, `.cuda` on a merged layer: the record must not cross devices or dtypes.
@@ -324,13 +329,36 @@ class Linear(GraloraLayer):
             raise NotImplementedError(
                 "`adapter_names`, a different adapter for each row of a batch, can't be used yet."
             )
-        result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters:
-            return result
-        for name in self.active_adapters:
-            if name in self.gralora_A and name not in self.merged_adapters:
-                result = self._add_update(result, x, name)
+        names = self._applied_adapters()
+        if names and not (args or kwargs):
+            result = self._fused(x, names[0])
+            if result is not None:
+                names = names[1:]
+            else:
+                result = self.base_layer(x)
+        else:
+            result = self.base_layer(x, *args, **kwargs)
+        for name in names:
+            result = self._add_update(result, x, name)
         return result
+
+    def _applied_adapters(self) -> list[str]:
+        if self._disable_adapters:
+            return []
+        merged = self.merged_adapters
+        return [name for name in self.active_adapters if name in self.gralora_A._modules and name not in merged]
+
+    def _fused(self, x: Tensor, adapter_name: str) -> Tensor | None:
+        """Return base and update in one, or None where that would not be the same function."""
+        base, holders = self.base_layer, self._holders(adapter_name)
+        if not fused.applies(base, [holder for holder in holders if holder is not None], x, _compute_dtype(x)):
+            return None
+        factors = self.factors(adapter_name)
+        dropout = self.gralora_dropout[adapter_name]
+        rows = x.reshape(-1, self.in_features)
+        dropped = dropout(rows) if self.training and isinstance(dropout, nn.Dropout) else None
+        y = fused.linear(rows, dropped, base.weight, base.bias, factors, self.scaling[adapter_name])
+        return y.view(*x.shape[:-1], self.out_features)
 
     def _add_update(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
         if result.is_nested:  # PyTorch's transformer encoder packs padded batches so
@@ -339,8 +367,7 @@ class Linear(GraloraLayer):
                 [self._add_update(part, x_part, adapter_name) for part, x_part in parts], layout=result.layout
             )
         # Small tensors follow the big ones: the factors go to the compute dtype, never x up to theirs.
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = _compute_dtype(x)
         factors = self.factors(adapter_name, call=True).to(dtype, x.device)
         x = self.gralora_dropout[adapter_name](x).reshape(-1, self.in_features).to(dtype)
         rows = result.reshape(-1, self.out_features)
@@ -349,6 +376,12 @@ class Linear(GraloraLayer):
         else:
             updated = rows + blocks.apply(x, factors, self.scaling[adapter_name]).to(result.dtype)
         return updated.view(result.shape)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that a linear layer computes in on `x`: its own, or autocast's."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def resolve_base(module: nn.Module, **quantization: Any) -> QuantizationBackend | None:

@@ -1,0 +1,195 @@
+"""The fast path: a frozen linear layer and its adapter as one autograd function.
+
+What the plain path loses is lost to copies, to extra passes over `[t, out]` and to Python. Here the
+output of the frozen layer is made, so that it may be added to in place; every product reads or writes
+slices where they lie; the scale rides on the small B; and the only copy is the exchange of the middle
+tensor `[k, t, r]`. `applies` says where this is the same function as the plain path.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+
+from gralora.blocks import Factors, exchange
+
+
+def applies(base: nn.Module, holders: Iterable[nn.Module], x: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether `linear` on this base and input is the same function as the plain path.
+
+    Args:
+        base: The frozen layer.
+        holders: The modules that hold the adapter's factors.
+        x: Its input.
+        dtype: What the products are to be computed in.
+    """
+    if torch.compiler.is_compiling() or type(base) is not nn.Linear or type(x) not in (Tensor, nn.Parameter):
+        return False
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+    return (
+        type(weight) is nn.Parameter
+        and x.dtype == weight.dtype == dtype
+        and x.layout == weight.layout == torch.strided
+        and not x.is_nested
+        and not weight.requires_grad
+        and (bias is None or not bias.requires_grad)
+        and all(_is_plain(holder) and _device(holder) == x.device for holder in (base, *holders))
+        and not _is_watched()
+    )
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Return whether calling `module` runs its class's `forward` and nothing else."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _device(module: nn.Module) -> torch.device | None:
+    """Return where the weight of `module` lies, None where it is no parameter (a parametrization, say)."""
+    weight = module._parameters.get("weight")
+    return None if weight is None else weight.device
+
+
+def _is_watched() -> bool:
+    """Return whether somebody else is watching: a tracer, functorch, forward mode, a global hook."""
+    module = torch.nn.modules.module
+    return bool(
+        torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or module._global_forward_hooks
+        or module._global_forward_pre_hooks
+        or module._global_backward_hooks
+        or module._global_backward_pre_hooks
+    )
+
+
+def linear(
+    x: Float[Tensor, "t in"],
+    dropped: Float[Tensor, "t in"] | None,
+    weight: Float[Tensor, "out in"],
+    bias: Float[Tensor, " out"] | None,
+    factors: Factors,
+    scale: float,
+) -> Float[Tensor, "t out"]:
+    """Return `x · weightᵀ + bias + update(x)` for a frozen `weight` and `bias`.
+
+    Args:
+        x: Input, all leading dimensions flattened into t, of the dtype of `weight`.
+        dropped: The adapter's input where dropout makes it another one, else None.
+        weight: Frozen weight.
+        bias: Frozen bias.
+        factors: Adapter as stored; it is cast to the dtype of `weight`, its gradients come in its own.
+        scale: Factor of the whole update.
+
+    Raises:
+        RuntimeError: From torch, where a second derivative is asked for.
+    """
+    if torch.is_grad_enabled():
+        return _Linear.apply(x, dropped, weight, bias, *factors, scale)
+    cast = _cast(factors, weight.dtype, scale)
+    return _forward(x, x if dropped is None else dropped, weight, bias, cast)[0]
+
+
+def _cast(factors: Factors, dtype: torch.dtype, scale: float) -> Factors:
+    """Return the factors in `dtype`, the scale folded into the B's."""
+    A, B, A_general, B_general = factors
+    return Factors(
+        A.to(dtype),
+        _scaled(B, scale, dtype),
+        None if A_general is None else A_general.to(dtype),
+        None if B_general is None else _scaled(B_general, scale, dtype),
+    )
+
+
+def _scaled(tensor: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """Return `scale * tensor`, rounded once to `dtype`, in one pass."""
+    if scale == 1:
+        return tensor.to(dtype)
+    if tensor.dtype.itemsize == 1:  # float8 storage has no arithmetic
+        tensor = tensor.to(dtype)
+    return torch.mul(tensor, scale, out=torch.empty_like(tensor, dtype=dtype))
+
+
+def _forward(
+    x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the output and the two middle tensors, `[k, t, r]` exchanged and `[t, hybrid_r]`."""
+    A, B, A_general, B_general = factors
+    k = A.shape[0]
+    y = F.linear(x, weight, bias)
+    middle = exchange(torch.bmm(dropped.unflatten(1, (k, -1)).transpose(0, 1), A))
+    for y_i, middle_i, B_i in zip(y.chunk(k, 1), middle.unbind(), B.unbind(), strict=True):
+        y_i.addmm_(middle_i, B_i)
+    if A_general is None or B_general is None:
+        return y, middle, None
+    middle_general = dropped @ A_general.T
+    y.addmm_(middle_general, B_general.T)
+    return y, middle, middle_general
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        A_general: Tensor | None,
+        B_general: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        factors = _cast(Factors(A, B, A_general, B_general), weight.dtype, scale)
+        adapter_input = x if dropped is None else dropped
+        y, middle, middle_general = _forward(x, adapter_input, weight, bias, factors)
+        ctx.save_for_backward(adapter_input, weight, *factors, middle, middle_general)
+        ctx.scale, ctx.master_dtype = scale, A.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, A, B, A_general, B_general, middle, middle_general = ctx.saved_tensors
+        for_x, for_dropped, _, _, for_a, for_b, for_a_general, for_b_general, _ = ctx.needs_input_grad
+        k, n, r = A.shape
+
+        def master(gradient: Tensor, factor: float = 1.0) -> Tensor:
+            return _scaled(gradient, factor, ctx.master_dtype)
+
+        # d_middle is the gradient of the product x·A, block by block, exchanged back.
+        by_block = g.unflatten(1, (k, -1)).transpose(0, 1)
+        d_middle = exchange(torch.bmm(by_block, B.transpose(1, 2)))
+        d_middle_general = None if B_general is None else g @ B_general
+        dx = g @ weight if for_x else None
+        d_dropped = x.new_zeros(x.shape) if for_dropped else dx
+        if d_dropped is not None:
+            for d_j, middle_j, A_j in zip(d_dropped.chunk(k, 1), d_middle.unbind(), A.unbind(), strict=True):
+                d_j.addmm_(middle_j, A_j.T)
+            if d_middle_general is not None:
+                d_dropped.addmm_(d_middle_general, A_general)
+        dA = dB = dA_general = dB_general = None
+        if for_a:
+            dA = x.new_empty(k, r, n)
+            for x_j, middle_j, dA_j in zip(x.chunk(k, 1), d_middle.unbind(), dA.unbind(), strict=True):
+                torch.mm(middle_j.T, x_j, out=dA_j)
+            dA = master(dA.transpose(1, 2))
+        if for_b:
+            dB = master(torch.bmm(middle.transpose(1, 2), by_block), ctx.scale)
+        if for_a_general and d_middle_general is not None:
+            dA_general = master(d_middle_general.T @ x)
+        if for_b_general and middle_general is not None:
+            dB_general = master(g.T @ middle_general, ctx.scale)
+        return dx, d_dropped if for_dropped else None, None, None, dA, dB, dA_general, dB_general, None
