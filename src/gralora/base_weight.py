@@ -1,57 +1,372 @@
-"""The weight under an adapter: can it be merged, what is it, and merging it so that every bit comes back."""
+"""The weight under an adapter: can it be merged, and merging it so that every bit comes back.
 
+`W' = round(W + Δ)` loses bits of W. Most of them are found again in `round(W' - Δ)`; a record keeps the
+elements where that differs from W, as gaps and values, beside a copy of the factors that Δ comes from.
+It never reads the live adapter, which may have changed by the time of the unmerge.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
 
 import torch
+from jaxtyping import Float, UInt8
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
+from gralora import blocks
 
-@dataclass
-class MergeRecord:
-    """What one merge needs to be undone: the names it merged, and the parameter and bits it replaced."""
+# Elements of a weight that are worked on at a time; what a merge or an unmerge allocates beside its result.
+CHUNK = 1 << 22
+# A correction is forced every so many elements, so that each gap between two fits a byte.
+_GAP = 255
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-    adapter_names: list[str]
-    original: Tensor
-    shared: nn.Parameter | None
 
-    def undo(self, base: nn.Module) -> None:
-        """Put the original weight of `base` back, bit for bit."""
-        if self.shared is not None:
-            base.weight = self.shared
-        else:
-            with torch.no_grad():
-                base.weight.copy_(self.original)
+class Part(NamedTuple):
+    """One adapter's share of a merge: its factors and the scale at that time."""
+
+    factors: blocks.Factors
+    scale: float
 
 
 def obstacle_to_merging(base: nn.Module, backend: QuantizationBackend | None) -> str | None:
     """Return why the weight of `base` can't be read and rewritten, or None where it can."""
     if backend is not None:
-        return f"its base weight is quantised ({backend.backend_name})"
+        return None if backend.supports_merge else f"{backend.backend_name} weights can't be written"
     weight = getattr(base, "weight", None)
     if not isinstance(weight, nn.Parameter):
         return f"its base, {type(base).__name__}, holds no plain `weight` parameter"
-    if not weight.is_floating_point():
+    if not weight.is_floating_point() or weight.dtype.itemsize == 1:
         return f"its base weight is of type {weight.dtype}"
     return None
 
 
-def merged_weight(weight: Tensor, delta: Tensor) -> Tensor:
-    """Return `weight + delta`, added in the precision of `delta` and rounded once to that of `weight`."""
-    return (weight.detach().to(delta.dtype) + delta).to(weight.dtype)
+def delta(parts: list[Part], dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Float[Tensor, "rows in"]:
+    """Return rows `start` to `stop` of the sum of the dense updates, computed in `dtype`."""
+    first, *rest = (blocks.dense(part.factors.to(dtype), part.scale, start, stop) for part in parts)
+    for other in rest:
+        first += other
+    return first
 
 
-def merge(base: nn.Module, merged: Tensor, adapter_names: list[str], is_shared: bool) -> MergeRecord:
-    """Write `merged` over the weight of `base` and return the way back.
+def delta_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """Return what an update is added in: float32, or float64 where one of `dtypes` is."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
-    A weight that another module holds too gets a parameter of its own instead, so that nothing is merged
-    behind the twin's back.
+
+@contextmanager
+def pinned_numerics(threads: int | None = None) -> Iterator[None]:
+    """Compute as precisely and as repeatably as torch can, whatever the user has set.
+
+    Args:
+        threads: How many of them to use; by default as many as now.
     """
-    weight = base.weight
-    if is_shared:
-        base.weight = nn.Parameter(merged, requires_grad=weight.requires_grad)
-        return MergeRecord(adapter_names, merged.new_empty(0), shared=weight)
-    record = MergeRecord(adapter_names, weight.detach().clone(), shared=None)
-    with torch.no_grad():
+    precision, before = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    torch.set_float32_matmul_precision("highest")
+    if threads is not None and threads != before:
+        torch.set_num_threads(threads)
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
+
+
+def merge(layer: BaseTunerLayer, names: list[str], parts: list[Part], safe: bool, keep: bool) -> "MergeRecord":
+    """Add the update of `parts` to the base weight of `layer` and return the way back.
+
+    A dense weight is written in place, into the same storage; one that another module holds too is
+    replaced by a parameter of its own. A quantised one is dequantised, merged and quantised again.
+
+    Args:
+        layer: Tuner layer, with `base_is_shared` and `fan_in_fan_out`.
+        names: The adapters, for the record.
+        parts: Their factors and scales.
+        safe: Refuse a result that is not finite.
+        keep: Keep what an unmerge needs.
+
+    Raises:
+        ValueError: A non-finite result with `safe`; nothing has changed then.
+        RuntimeError: The weight is not loaded.
+    """
+    base = layer.get_base_layer()
+    with pinned_numerics():
+        if layer.quantization_backend is not None:
+            return _merge_quantised(layer, names, parts, safe, keep)
+        weight = base.weight
+        if weight.device.type == "meta":
+            raise RuntimeError("this layer can't be merged: its base weight is not loaded (meta device).")
+        rows = _rows(weight, layer.fan_in_fan_out)
+        merged = torch.empty_like(weight)
+        dtype = delta_dtype(weight.dtype, parts[0].factors.A.dtype)
+        for start, stop in _chunks(rows):
+            exact = delta(parts, dtype, start, stop).to(weight.device).add_(rows[start:stop])
+            _rows(merged, layer.fan_in_fan_out)[start:stop] = exact
+        _check_finite(merged, names, safe)
+        if layer.base_is_shared:
+            base.weight = nn.Parameter(merged, requires_grad=weight.requires_grad)
+            return SharedRecord(names, weight)
+        record = _dense_record(names, weight, merged, parts, layer.fan_in_fan_out) if keep else ForgottenRecord(names)
         weight.copy_(merged)
+        return record
+
+
+@dataclass
+class MergeRecord:
+    """How to undo one merge."""
+
+    adapter_names: list[str]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held for the way back."""
+        return 0
+
+    def undo(self, layer: BaseTunerLayer) -> None:
+        """Put the original weight back, bit for bit."""
+        raise NotImplementedError
+
+    def portable(self, weight: Tensor) -> tuple["MergeRecord", Tensor | None]:
+        """Return a record that another process can undo, and the weight from before this merge."""
+        return self, None
+
+
+@dataclass
+class ForgottenRecord(MergeRecord):
+    """A merge that kept nothing."""
+
+    def undo(self, layer: BaseTunerLayer) -> None:
+        """Refuse.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        raise RuntimeError(
+            f"the merge of {', '.join(map(repr, self.adapter_names))} can't be undone: it was made with "
+            "`keep_base=False`. Load the base model again."
+        )
+
+
+@dataclass
+class SharedRecord(MergeRecord):
+    """The weight that other modules hold too, which the merge left alone."""
+
+    original: nn.Parameter
+
+    def undo(self, layer: BaseTunerLayer) -> None:
+        """Put the shared parameter back."""
+        layer.get_base_layer().weight = self.original
+
+
+@dataclass
+class CopyRecord(MergeRecord):
+    """A copy of the whole original."""
+
+    original: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copy."""
+        return self.original.nbytes
+
+    def undo(self, layer: BaseTunerLayer) -> None:
+        """Copy the original back."""
+        with torch.no_grad():
+            layer.get_base_layer().weight.copy_(self.original)
+
+    def portable(self, weight: Tensor) -> tuple[MergeRecord, Tensor | None]:
+        """Return this record and its copy."""
+        return self, self.original
+
+
+@dataclass
+class DenseRecord(MergeRecord):
+    """Factors, corrections and checksums, by chunk of rows; see the module's text."""
+
+    parts: list[Part]
+    gaps: list[UInt8[Tensor, " corrections"]]
+    values: list[Tensor]
+    checksums: list[tuple[int, ...]]
+    threads: int
+    fan_in_fan_out: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of factors and corrections."""
+        factors = (tensor for part in self.parts for tensor in part.factors if tensor is not None)
+        return sum(tensor.nbytes for tensor in (*factors, *self.gaps, *self.values))
+
+    def undo(self, layer: BaseTunerLayer) -> None:
+        """Take the update off again and correct what rounding changed, chunk by chunk.
+
+        Raises:
+            RuntimeError: A chunk does not come out as it was, so that the weights or this record must
+                have been changed from outside.
+        """
+        weight = layer.get_base_layer().weight
+        rows = _rows(weight.detach(), self.fan_in_fan_out)
+        for (start, stop), original in zip(_chunks(rows), self._originals(rows), strict=True):
+            rows[start:stop] = original
+
+    def portable(self, weight: Tensor) -> tuple[MergeRecord, Tensor | None]:
+        """Return a copy record, since another machine's products may round differently."""
+        rows = _rows(weight.detach(), self.fan_in_fan_out)
+        original = torch.empty_like(weight)
+        _rows(original, self.fan_in_fan_out).copy_(torch.cat(list(self._originals(rows))))
+        return CopyRecord(self.adapter_names, original), original
+
+    def _originals(self, rows: Tensor) -> Iterator[Tensor]:
+        for number, (start, stop) in enumerate(_chunks(rows)):
+            # The number of threads may change the order of a sum, the machine's own choice not: pin it.
+            for threads in (self.threads, 1):
+                with pinned_numerics(threads):
+                    original = _unrounded(rows[start:stop], self.parts, start, stop)
+                    where = self.gaps[number].cumsum(0, dtype=torch.int64).sub_(1)
+                    original.view(-1)[where] = self.values[number]
+                    if _checksum(original) == self.checksums[number]:
+                        break
+            else:
+                raise RuntimeError(
+                    f"the merge of {', '.join(map(repr, self.adapter_names))} can't be undone: the base weight was "
+                    "changed while it was merged. Load the base model again."
+                )
+            yield original
+
+
+def _dense_record(
+    names: list[str], weight: Tensor, merged: Tensor, parts: list[Part], fan_in_fan_out: bool
+) -> MergeRecord:
+    """Return the smaller of a record of corrections and a copy."""
+    factors = sum(tensor.nbytes for part in parts for tensor in part.factors if tensor is not None)
+    # Rounded factors cost some more corrections, and are worth it where the factors themselves are large.
+    kept_dtype = weight.dtype if factors > 0.1 * weight.nbytes else parts[0].factors.A.dtype
+    kept = [Part(blocks.Factors(*map(_clone, part.factors.to(kept_dtype))), part.scale) for part in parts]
+    record = DenseRecord(names, kept, [], [], [], torch.get_num_threads(), fan_in_fan_out)
+    rows, merged_rows = _rows(weight.detach(), fan_in_fan_out), _rows(merged, fan_in_fan_out)
+    for start, stop in _chunks(rows):
+        original = rows[start:stop].contiguous()
+        guess = _unrounded(merged_rows[start:stop], kept, start, stop)
+        differs = (_bits(guess) != _bits(original)).view(-1)
+        differs[_GAP - 1 :: _GAP] = True
+        where = differs.nonzero().view(-1)
+        record.gaps.append(torch.diff(where, prepend=where.new_tensor([-1])).to(torch.uint8))
+        record.values.append(original.view(-1)[where])
+        record.checksums.append(_checksum(original))
+        if record.nbytes >= weight.nbytes:
+            return CopyRecord(names, weight.detach().clone())
     return record
+
+
+def _unrounded(merged: Tensor, parts: list[Part], start: int, stop: int) -> Tensor:
+    """Return `merged - Δ` in the dtype of `merged` and contiguous: the original, but for rounding."""
+    dtype = delta_dtype(merged.dtype, parts[0].factors.A.dtype)
+    return torch.sub(merged, delta(parts, dtype, start, stop).to(merged.device)).to(merged.dtype).contiguous()
+
+
+def _check_finite(merged: Tensor, names: list[str], safe: bool) -> None:
+    if safe and not torch.isfinite(merged).all():
+        raise ValueError(
+            f"the merged weight must be finite; merging {', '.join(map(repr, names))} gives non-finite values. "
+            "Nothing was merged."
+        )
+
+
+def _rows(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
+    """Return `weight` as `[out, in]`, a view."""
+    return weight.T if fan_in_fan_out else weight
+
+
+def _chunks(rows: Tensor) -> list[tuple[int, int]]:
+    step = max(1, CHUNK // rows.shape[1])
+    return [(start, min(start + step, rows.shape[0])) for start in range(0, rows.shape[0], step)]
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.view(_BITS[tensor.dtype.itemsize])
+
+
+def _checksum(chunk: Tensor) -> tuple[int, ...]:
+    """Return numbers that a change of any element, or an exchange of two, changes."""
+    bits = _bits(chunk)
+    sums = (bits.sum(axis, dtype=torch.int64) for axis in (0, 1))
+    return tuple(int((line * torch.arange(1, len(line) + 1, device=line.device)).sum()) for line in sums)
+
+
+def _clone(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().clone()
+
+
+# Quantised weights ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PackedRecord(MergeRecord):
+    """The packed original: the base module, its weight, and the attributes that a backend overwrites."""
+
+    base: nn.Module
+    parameters: dict[str, nn.Parameter | None]
+    attributes: list[tuple[Any, dict[str, Any]]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weight."""
+        weight = self.parameters.get("weight")
+        return 0 if weight is None else weight.nbytes
+
+    def undo(self, layer: BaseTunerLayer) -> None:
+        """Put the packed original back, the same object with the same bits."""
+        for owner, attributes in self.attributes:
+            owner.__dict__.update(attributes)
+        self.base.__dict__.pop("weight", None)
+        self.base._parameters.clear()
+        self.base._parameters.update(self.parameters)
+        layer.base_layer = self.base
+
+
+def _merge_quantised(layer: BaseTunerLayer, names: list[str], parts: list[Part], safe: bool, keep: bool) -> MergeRecord:
+    backend: Any = layer.quantization_backend
+    base = layer.get_base_layer()
+    dense = dequantised(layer)
+    exact = delta(parts, delta_dtype(dense.dtype, parts[0].factors.A.dtype)).to(dense.device).add_(dense)
+    merged = exact.to(dense.dtype)
+    _check_finite(merged, names, safe)
+    record = _packed_record(names, base)
+    try:
+        backend.set_base_weight(layer, merged)
+    except BaseException:
+        record.undo(layer)
+        raise
+    return record if keep else ForgottenRecord(names)
+
+
+def dequantised(layer: BaseTunerLayer) -> Tensor:
+    """Return the quantised base weight of `layer` as a dense `[out, in]` tensor of its own."""
+    base, backend = layer.get_base_layer(), cast(QuantizationBackend, layer.quantization_backend)
+    state: Any = getattr(getattr(base, "weight", None), "quant_state", None)
+    if not getattr(state, "packing_format_for_cpu", False):
+        return backend.get_base_weight(base).detach().clone()
+    # On a CPU with AVX512-BF16, bitsandbytes repacks a 4-bit weight at its first use for inference, and
+    # `dequantize_4bit` reads the new format as the old one. Its own inverse works in place: on copies, then.
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, dequantize_4bit
+
+    absmax = state.absmax.T.reshape(-1).float()
+    unpacked = copy(state)
+    unpacked.original_nested = False
+    data, unpacked = _convert_weight_packed_for_cpu_inverse(base.weight.data.clone(), unpacked)
+    unpacked.absmax = absmax
+    return dequantize_4bit(data, unpacked)
+
+
+def _packed_record(names: list[str], base: nn.Module) -> PackedRecord:
+    weight = getattr(base, "weight", None)
+    owners = [weight, getattr(weight, "quant_state", None), getattr(base, "state", None)]
+    attributes = [(owner, dict(owner.__dict__)) for owner in owners if hasattr(owner, "__dict__")]
+    if "quant_state" in base.__dict__:
+        attributes.append((base, {"quant_state": base.quant_state}))
+    return PackedRecord(names, base, dict(base._parameters), attributes)

@@ -132,22 +132,31 @@ def apply(x: Float[Tensor, "*lead in"], factors: Factors, scale: float) -> Float
 
 
 @torch.no_grad()
-def dense(factors: Factors, scale: float) -> Float[Tensor, "out in"]:
-    """Return the matrix ΔW of the update, `apply(x) = x ΔWᵀ`, without gradient.
+def dense(factors: Factors, scale: float, start: int = 0, stop: int | None = None) -> Float[Tensor, "rows in"]:
+    """Return the matrix ΔW `[out, in]` of the update, `apply(x) = x ΔWᵀ`, without gradient.
 
     Every block is one product of `[m, s]` and `[s, n]` written into its place, so that the result is the
     only tensor of its size. The rank is at most min(k·r + hybrid_r, in, out).
+
+    Args:
+        factors: Adapter.
+        scale: Factor of the whole update.
+        start: First row that is wanted.
+        stop: Row after the last one; all by default.
     """
     A, B, A_general, B_general = factors
     k, n, _ = A.shape
     m, s = B.shape[2], factors.s
-    delta = A.new_empty(k * m, k * n)
-    for i in range(k):
+    stop = k * m if stop is None else stop
+    delta = A.new_empty(stop - start, k * n)
+    for i in range(start // m, -(-stop // m)):
+        first, last = max(start, i * m), min(stop, (i + 1) * m)
+        B_i = B[i, :, first - i * m : last - i * m].T
         for j in range(k):
-            block = delta[i * m : (i + 1) * m, j * n : (j + 1) * n]
-            torch.mm(B[i, j * s : (j + 1) * s].T, A[j, :, i * s : (i + 1) * s].T, out=block)
+            block = delta[first - start : last - start, j * n : (j + 1) * n]
+            torch.mm(B_i[:, j * s : (j + 1) * s], A[j, :, i * s : (i + 1) * s].T, out=block)
     if A_general is not None and B_general is not None:
-        delta.addmm_(B_general, A_general)
+        delta.addmm_(B_general[start:stop], A_general)
     return delta.mul_(scale)
 
 

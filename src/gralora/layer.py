@@ -6,7 +6,11 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
+from peft.utils.quantization_utils import (
+    ForwardOnlyQuantizationBackend,
+    QuantizationBackend,
+    resolve_quantization_backend,
+)
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -174,11 +178,13 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
 
         Computed in float32 whatever the parameters are, in float64 for float64, outside autocast.
         """
-        factors = self.factors(adapter_name)
-        dtype = torch.float64 if factors.A.dtype == torch.float64 else torch.float32
-        with torch.autocast(factors.A.device.type, enabled=False), torch.no_grad():
-            delta = blocks.dense(factors.to(dtype), self.scaling[adapter_name])
+        with base_weight.pinned_numerics():
+            part = self._part(adapter_name)
+            delta = base_weight.delta([part], base_weight.delta_dtype(part.factors.A.dtype))
         return delta.T if self.fan_in_fan_out else delta
+
+    def _part(self, adapter_name: str) -> base_weight.Part:
+        return base_weight.Part(self.factors(adapter_name), self.scaling[adapter_name])
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -194,15 +200,16 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
         """Return why the base weight can't be merged into, or None where it can."""
         return base_weight.obstacle_to_merging(self.get_base_layer(), self.quantization_backend)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, keep_base: bool = True) -> None:
         """Fold adapters into the base weight, all of them or none.
 
         Args:
             safe_merge: Refuse a result that is not finite.
             adapter_names: Which; the active ones by default. Those merged already are skipped.
+            keep_base: Keep what `unmerge` needs to give the base weight its bits back.
 
         Raises:
-            ValueError: An unknown adapter name, or a non-finite result with `safe_merge`.
+            ValueError: A non-finite result with `safe_merge`.
             RuntimeError: The base weight can't be read or rewritten.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.gralora_A]
@@ -213,19 +220,8 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
                 f"this layer can't be merged: {obstacle}. The adapter trains and serves unmerged; "
                 "to merge, load the base model in 16 or 32 bits."
             )
-        base = self.get_base_layer()
-        if base.weight.device.type == "meta":
-            raise RuntimeError("this layer can't be merged: its base weight is not loaded (meta device).")
-        delta = self.get_delta_weight(names[0])
-        for name in names[1:]:
-            delta = delta + self.get_delta_weight(name)
-        merged = base_weight.merged_weight(base.weight, delta.to(base.weight.device))
-        if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(
-                f"the merged weight must be finite; merging {', '.join(map(repr, names))} gives non-finite values. "
-                "Nothing was merged."
-            )
-        self._merges.append(base_weight.merge(base, merged, names, self.base_is_shared))
+        parts = [self._part(name) for name in names]
+        self._merges.append(base_weight.merge(self, names, parts, safe=safe_merge, keep=keep_base))
 
     def unmerge(self) -> None:
         """Undo every merge; the base weight gets its bits back."""
@@ -248,7 +244,8 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
 
     def undo_last_merge(self) -> None:
         """Undo the latest merge."""
-        self._merges.pop().undo(self.get_base_layer())
+        self._merges[-1].undo(self)
+        self._merges.pop()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate adapters; a merged layer is unmerged first."""
@@ -296,6 +293,15 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
 
     def _containers(self) -> Iterator[nn.ModuleDict]:
         return (self._modules[name] for name in self.adapter_layer_names)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Deepcopy and pickle: what undoes a merge must not depend on the machine that made it.
+        state = self.__dict__.copy()
+        weight, merges = getattr(self.get_base_layer(), "weight", None), []
+        for record in reversed(self._merges):
+            portable, weight = record.portable(weight)
+            merges.insert(0, portable)
+        return state | {"_merges": merges}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GraloraLayer":
         # `.to`, `.half`, `.cuda` on a merged layer: the record must not cross devices or dtypes.
@@ -390,7 +396,10 @@ def resolve_base(module: nn.Module, **quantization: Any) -> QuantizationBackend 
     Raises:
         TypeError: `Linear` can't extend it.
     """
-    backend = resolve_quantization_backend(module, **quantization)
+    try:
+        backend = resolve_quantization_backend(module, **quantization)
+    except ValueError:  # torchao without transformers' quantizer, whose recipe a merge would need
+        backend = ForwardOnlyQuantizationBackend("torchao")
     if backend is None and not isinstance(module, nn.Linear | Conv1D):
         raise TypeError(
             f"GraLoRA adapts nn.Linear and transformers' Conv1D, quantised or not; got {type(module).__name__}."

@@ -99,12 +99,16 @@ class GraloraModel(BaseTuner):
         self._mark_shared_weights()
         _announce_unmergeable(target for target in targets if not isinstance(target.module, GraloraLayer))
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, keep_base: bool = True
+    ) -> None:
         """Merge adapters into the base weights, in every layer or in none.
 
         Args:
             adapter_names: Which; the active ones by default.
             safe_merge: Refuse a result that is not finite.
+            keep_base: Keep what `unmerge_adapter` needs to give the base weights their bits back. Without,
+                the merge is final, and all or nothing only against what can be found beforehand.
 
         Raises:
             ValueError: An adapter that does not exist, or with `safe_merge` a non-finite result.
@@ -127,15 +131,16 @@ class GraloraModel(BaseTuner):
             before = len(layer._merges)
             try:
                 with onload_layer(layer):
-                    layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+                    layer.merge(safe_merge=safe_merge, adapter_names=adapter_names, keep_base=keep_base)
             except BaseException as error:
                 for merged, depth in reversed(done):
                     with onload_layer(merged):
                         while len(merged._merges) > depth:
                             merged.undo_last_merge()
-                error.add_note(f"at {name!r}; no layer of the model was merged")
-                if isinstance(error, ValueError | RuntimeError):
-                    raise type(error)(f"{error} (at {name!r}; no layer was merged)") from error
+                where = f"at {name!r}; no layer was merged"
+                if type(error) in (ValueError, RuntimeError):
+                    raise type(error)(f"{error} ({where})") from error
+                error.add_note(where)
                 raise
             done.append((layer, before))
 

@@ -1,0 +1,441 @@
+import copy
+import pickle
+
+import bitsandbytes as bnb
+import oracle
+import pytest
+import torch
+from conftest import MLP, assert_same_bits, mlp_config, randomise, tiny_llama, weights_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from peft import LoraConfig
+from peft import get_peft_model as peft_get_peft_model
+from torch import nn
+
+from gralora import GraloraConfig, GraloraLayer, base_weight, get_peft_model
+from gralora.config import LayerSettings
+from gralora.layer import Linear, resolve_base
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+def make_layer(n_in=64, n_out=48, dtype=torch.bfloat16, k=4, r=8, q=0, ratio=0.1):
+    """A layer whose update is `ratio` times as large as its weight, by mean absolute value."""
+    layer = Linear(nn.Linear(n_in, n_out, bias=False, dtype=dtype), n_in, n_out)
+    layer.add_adapter("default", LayerSettings(r, q, float(r + q), k, 0.0, False, False))
+    layer.set_adapter("default")
+    for name in ("gralora_A", "gralora_B"):
+        getattr(layer, name)["default"] = getattr(layer, name)["default"].float()
+    change = layer.base_layer.weight.detach().float().abs().mean() / layer.get_delta_weight("default").abs().mean()
+    layer.scaling["default"] *= ratio * change.item()
+    return layer
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.sampled_from([torch.float32, torch.float64, *HALF]),
+    st.floats(1e-4, 1e3),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([0, 3]),
+    st.integers(1, 40),
+)
+def test_any_size_of_update_comes_off_bit_for_bit(dtype, ratio, k, q, chunk):
+    layer = make_layer(dtype=dtype, ratio=ratio, k=k, q=q)
+    before = layer.base_layer.weight.detach().clone()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base_weight, "CHUNK", chunk * 64)
+        layer.merge()
+        layer.unmerge()
+    assert torch.equal(layer.base_layer.weight, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_odd_values_come_back(dtype):
+    layer = make_layer(dtype=dtype)
+    info = torch.finfo(dtype)
+    with torch.no_grad():
+        odd = [0.0, -0.0, info.tiny, info.smallest_normal / 2, info.max, -info.max, float("inf"), float("nan")]
+        layer.base_layer.weight[0, :8] = torch.tensor(odd, dtype=dtype)
+    bits = layer.base_layer.weight.detach().clone().view(torch.int8)
+    layer.merge()
+    layer.unmerge()
+    assert torch.equal(layer.base_layer.weight.detach().view(torch.int8), bits)
+
+
+@pytest.mark.parametrize("between", ["threads", "precision", "autocast", "adapter", "scale", "delete"])
+def test_what_changes_in_between_does_not_matter(between):
+    layer = make_layer(256, 192, ratio=0.1, r=32)
+    before = layer.base_layer.weight.detach().clone()
+    layer.merge()
+    assert isinstance(layer._merges[0], base_weight.DenseRecord)
+    threads = torch.get_num_threads()
+    try:
+        if between == "threads":
+            torch.set_num_threads(1)
+        elif between == "precision":
+            torch.set_float32_matmul_precision("medium")
+        elif between == "adapter":
+            layer.gralora_A["default"].data.normal_()
+            layer.gralora_B["default"] = torch.zeros(1)
+        elif between == "scale":
+            layer.scaling["default"] = 0.0
+        elif between == "delete":
+            with pytest.warns(UserWarning, match="unmerging it before"):
+                layer.delete_adapter("default")
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=between == "autocast"):
+            if layer.merged:
+                layer.unmerge()
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(layer.base_layer.weight, before)
+
+
+@pytest.mark.parametrize(("ratio", "share"), [(0.003, 0.08), (0.01, 0.12), (0.03, 0.25)])
+@pytest.mark.parametrize("dtype", HALF)
+def test_the_way_back_is_small(dtype, ratio, share):
+    layer = make_layer(1024, 1024, dtype=dtype, ratio=ratio, r=32, k=2)
+    layer.merge()
+    record = layer._merges[0]
+    allowed = {torch.bfloat16: share, torch.float16: 1.0}[dtype]  # three more bits in half as many: little rounds away
+    assert 0 < record.nbytes <= allowed * layer.base_layer.weight.nbytes
+
+
+def test_the_way_back_never_exceeds_the_weight_and_goes_away():
+    layer = make_layer(64, 64, ratio=5.0)
+    layer.merge()
+    record = layer._merges[0]
+    assert record.nbytes <= layer.base_layer.weight.nbytes
+    layer.unmerge()
+    assert not layer._merges
+
+
+def test_nothing_of_it_reaches_a_checkpoint(tmp_path):
+    layer = make_layer()
+    names = layer.state_dict().keys()
+    layer.merge()
+    assert layer.state_dict().keys() == names
+
+
+def test_a_weight_changed_while_merged_is_not_restored_to_something_else():
+    layer = make_layer()
+    layer.merge()
+    with torch.no_grad():
+        layer.base_layer.weight[3, 3] += 1
+    with pytest.raises(RuntimeError, match="can't be undone: the base weight was changed while it was merged"):
+        layer.unmerge()
+    assert layer.merged
+
+
+def test_keep_base_false_is_final():
+    layer = make_layer()
+    layer.merge(keep_base=False)
+    assert layer._merges[0].nbytes == 0
+    with pytest.raises(RuntimeError, match="made with `keep_base=False`"):
+        layer.unmerge()
+
+
+@pytest.mark.parametrize("through", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
+def test_copies_of_a_twice_merged_layer_can_be_unmerged(through):
+    layer = make_layer(ratio=0.03)
+    layer.add_adapter("second", LayerSettings(4, 1, 1.0, 2, 0.0, False, False))
+    before = layer.base_layer.weight.detach().clone()
+    layer.merge(adapter_names=["default"])
+    with pytest.warns(UserWarning, match="additionally"):
+        layer.merge(adapter_names=["second"])
+    twin = through(layer)
+    assert torch.equal(twin.base_layer.weight, layer.base_layer.weight)
+    assert twin.merged_adapters == ["default", "second"]
+    for one in (twin, layer):
+        one.unmerge()
+        assert torch.equal(one.base_layer.weight, before)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), MemoryError("out of memory"), KeyboardInterrupt()])
+@pytest.mark.parametrize("failing", range(6))
+@pytest.mark.parametrize("verb", ["merge_adapter", "merge_and_unload"])
+def test_a_merge_that_fails_at_any_layer_happens_in_none(monkeypatch, failing, error, verb):
+    targets = ["q_proj", "v_proj", "down_proj"]
+    model = randomise(get_peft_model(tiny_llama().bfloat16(), GraloraConfig(r=8, target_modules=targets)))
+    before, tree = weights_of(model), {name: id(m) for name, m in model.named_modules()}
+    names = [name for name, m in model.base_model.model.named_modules() if isinstance(m, GraloraLayer)]
+    original, seen = base_weight.merge, []
+
+    def merge(layer, *args, **kwargs):
+        seen.append(layer)
+        if len(seen) == failing + 1:
+            raise error
+        return original(layer, *args, **kwargs)
+
+    monkeypatch.setattr(base_weight, "merge", merge)
+    with pytest.raises(type(error)) as raised:
+        getattr(model, verb)()
+    assert names[failing] in str(raised.value) + "".join(getattr(raised.value, "__notes__", []))
+    assert_same_bits(before, weights_of(model))
+    assert {name: id(m) for name, m in model.named_modules()} == tree
+    assert not any(layer.merged for layer in model.modules() if isinstance(layer, GraloraLayer))
+
+
+# Any sequence ---------------------------------------------------------------------------------------------------------
+
+
+class Sequences(RuleBasedStateMachine):
+    """Base bits are unchanged whenever nothing is merged; outputs are those of the oracle, always."""
+
+    @initialize(dtype=st.sampled_from([torch.float32, torch.bfloat16]), q=st.sampled_from([0, 2]))
+    def begin(self, dtype, q):
+        torch.manual_seed(0)
+        self.model = get_peft_model(MLP(dtype), mlp_config(hybrid_r=q))
+        self.x = torch.randn(5, 12, dtype=dtype)
+        self.before = weights_of(self.model)
+        self.disabled, self.frozen_names = False, {"default"}
+
+    @property
+    def tuner(self):
+        return self.model.base_model
+
+    def layers(self):
+        return self.tuner.model.up, self.tuner.model.down
+
+    @rule(chosen=st.sets(st.sampled_from(["default", "second"]), min_size=1))
+    def merge(self, chosen):
+        chosen = [name for name in sorted(chosen) if name in self.model.peft_config]
+        if chosen and not self.disabled:
+            self.remember(chosen)
+            self.tuner.merge_adapter(chosen)
+
+    def remember(self, names):
+        for layer in self.layers():
+            kept = self.__dict__.setdefault("kept", {}).setdefault(id(layer), {})
+            for name in names:
+                if name not in layer.merged_adapters:
+                    kept[name] = self.update(layer, name)
+
+    @staticmethod
+    def update(layer, name):
+        factors = [None if f is None else f.detach().clone() for f in layer.factors(name)]
+        return factors, layer.scaling[name]
+
+    @rule()
+    def unmerge(self):
+        self.tuner.unmerge_adapter()
+
+    @rule()
+    def disable(self):
+        self.tuner.disable_adapter_layers()
+        self.disabled = True
+
+    @rule()
+    def enable(self):
+        self.tuner.enable_adapter_layers()
+        self.disabled = False
+
+    @rule(both=st.booleans(), name=st.sampled_from(["default", "second"]))
+    def activate(self, both, name):
+        names = [n for n in (["default", "second"] if both else [name]) if n in self.model.peft_config]
+        if names:
+            self.tuner.set_adapter(names)
+
+    @precondition(lambda self: "second" not in self.model.peft_config)
+    @rule()
+    def add(self):
+        self.model.add_adapter("second", mlp_config(r=4, gralora_k=2))
+
+    @precondition(lambda self: len(self.model.peft_config) == 2 and not self.layers()[0].merged)
+    @rule()
+    def delete(self):
+        self.model.delete_adapter("second")
+
+    @rule()
+    def train(self):
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if "gralora_" in name:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+
+    @rule()
+    def copy(self):
+        layer = self.layers()[0]
+        twin = copy.deepcopy(layer)
+        assert torch.equal(twin(self.x), layer(self.x))
+
+    @invariant()
+    def base_is_as_it_was(self):
+        if hasattr(self, "model") and not self.layers()[0].merged:
+            assert_same_bits(self.before, weights_of(self.model))
+
+    @invariant()
+    def outputs_are_those_of_the_oracle(self):
+        if not hasattr(self, "model"):
+            return
+        exact = self.x.double()
+        for layer, prefix in zip(self.layers(), ("up", "down"), strict=True):
+            key = f"base_model.model.{prefix}.base_layer"
+            y = exact @ self.before[f"{key}.weight"].double().T + self.before[f"{key}.bias"].double()
+            active = [] if self.disabled else layer.active_adapters
+            for name in {*active, *layer.merged_adapters}:
+                merged = name in layer.merged_adapters
+                factors, scale = self.kept[id(layer)][name] if merged else self.update(layer, name)
+                y = y + oracle.apply(exact, *factors, scale)
+            exact = torch.relu(y) if prefix == "up" else y
+        found = self.model(self.x).double()
+        coarse = 2**-6 if self.x.dtype == torch.bfloat16 else 1e-5  # some roundings, relative to the largest output
+        assert (found - exact).abs().max() <= coarse * 8 * (1 + exact.abs().max())
+
+
+TestSequences = pytest.mark.filterwarnings("ignore::UserWarning")(Sequences.TestCase)
+TestSequences.settings = settings(
+    deadline=None, max_examples=25, stateful_step_count=15, suppress_health_check=list(HealthCheck)
+)
+
+
+# Quantised bases ------------------------------------------------------------------------------------------------------
+
+
+def quantised(kind, n_in=64, n_out=64):
+    torch.manual_seed(0)
+    dense = nn.Linear(n_in, n_out, dtype=torch.float32)
+    if kind == "8bit":
+        layer = bnb.nn.Linear8bitLt(n_in, n_out, has_fp16_weights=False)
+    else:
+        quant_type, nested = kind.split()
+        layer = bnb.nn.Linear4bit(
+            n_in, n_out, compute_dtype=torch.float32, quant_type=quant_type, compress_statistics=nested == "nested"
+        )
+    layer.load_state_dict(dense.state_dict())
+    return dense, layer.to("cpu")
+
+
+KINDS = ["nf4 plain", "nf4 nested", "fp4 plain", "fp4 nested", "8bit"]
+quiet_int8 = pytest.mark.filterwarnings("ignore:MatMul8bitLt|Merge lora module:UserWarning")
+
+
+def adapted(base, lora=False, r=8):
+    holder = nn.ModuleDict({"layer": base})
+    if lora:
+        holder.is_loaded_in_4bit = isinstance(base, bnb.nn.Linear4bit)  # what LoRA goes by
+        holder.is_loaded_in_8bit = not holder.is_loaded_in_4bit
+        return peft_get_peft_model(holder, LoraConfig(r=r, target_modules=["layer"], init_lora_weights=False))
+    return get_peft_model(holder, GraloraConfig(r=r, target_modules=["layer"], init_weights=False, alpha=r))
+
+
+def packed_state(base):
+    weight = base.weight
+    state = getattr(weight, "quant_state", None)
+    tensors = {"data": weight.data.clone()}
+    if state is not None:
+        tensors |= {key: t.clone() for key, t in state.as_dict(packed=False).items() if isinstance(t, torch.Tensor)}
+    else:
+        scale = weight.SCB if weight.SCB is not None else base.state.SCB
+        tensors["SCB"] = scale.clone()
+    return tensors
+
+
+@quiet_int8
+@pytest.mark.parametrize("used", [False, True], ids=["fresh", "after inference"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantised_bases_merge_and_give_their_packed_bytes_back(kind, used):
+    _, base = quantised(kind)
+    model = adapted(base).train(not used)  # bitsandbytes repacks a weight when it is first used in eval mode
+    layer = model.base_model.model["layer"]
+    x = torch.randn(5, 64)
+    expected = layer(x)
+    weight, before = base.weight, packed_state(base)
+    for _ in range(3):
+        model.merge_adapter()
+        merged = layer(x)
+        assert (merged - expected).norm() < 0.2 * expected.norm()  # requantised to 4 bits
+        model.unmerge_adapter()
+        assert base is layer.base_layer
+        assert base.weight is weight
+        after = packed_state(base)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before)
+    torch.testing.assert_close(layer(x), expected)
+    model.to("cpu")
+    torch.testing.assert_close(layer(x), expected, atol=0.02, rtol=0.02)
+
+
+@quiet_int8
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_merged_quantised_layer_is_as_accurate_as_lora_s(kind):
+    errors = []
+    for lora in (False, True):
+        dense, base = quantised(kind)
+        model = adapted(base, lora).eval()
+        layer = model.base_model.model["layer"]
+        delta = layer.get_delta_weight("default")
+        scale = dense.weight.detach().abs().mean() / delta.detach().abs().mean()
+        layer.scaling["default"] *= scale.item()
+        exact = base_weight_of(base) + layer.get_delta_weight("default").detach()
+        model.merge_adapter()
+        merged = base_weight_of(layer.get_base_layer())
+        errors.append(float((merged - exact).norm() / exact.norm()))
+    ours, theirs = errors
+    assert ours < 1.2 * theirs
+
+
+def base_weight_of(base):
+    """The dense weight of a quantised layer, read off its outputs on the unit vectors."""
+    base.train()
+    columns = base(torch.eye(base.in_features)) - (0 if base.bias is None else base.bias)
+    return columns.detach().float().T
+
+
+@quiet_int8
+@pytest.mark.parametrize("kind", ["nf4 nested", "8bit"])
+def test_quantised_train_save_reload(kind, tmp_path):
+    from peft import PeftModel
+
+    _, base = quantised(kind)
+    model = adapted(base)
+    x, target = torch.randn(32, 64), torch.randn(32, 64)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(20):
+        loss = (model.base_model.model["layer"](x) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < 0.8 * losses[0]
+    expected = model.eval().base_model.model["layer"](x)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(nn.ModuleDict({"layer": quantised(kind)[1]}), tmp_path)
+    torch.testing.assert_close(loaded.base_model.model["layer"](x), expected, atol=0.02, rtol=0.02)
+
+
+class ForwardOnly(nn.Linear):
+    """Stands for a kernel format that can't be read."""
+
+
+def test_a_base_that_cannot_be_written_trains_serves_and_refuses_to_merge(monkeypatch):
+    from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
+
+    import gralora.layer as room
+
+    monkeypatch.setattr(
+        room,
+        "resolve_quantization_backend",
+        lambda module, **_: ForwardOnlyQuantizationBackend("gptq") if isinstance(module, ForwardOnly) else None,
+    )
+    base = MLP()
+    base.down = ForwardOnly(24, 6)
+    with pytest.warns(UserWarning, match="1 adapted layers can't be merged, because of each gptq weights"):
+        model = get_peft_model(base, mlp_config())
+    model(torch.randn(3, 12)).sum().backward()
+    before = weights_of(model)
+    with pytest.raises(RuntimeError, match=r"Nothing was merged: 'down' can't be, because gptq.*16 or 32 bits"):
+        model.merge_adapter()
+    assert_same_bits(before, weights_of(model))
+
+
+def test_torchao_without_its_recipe_is_forward_only(monkeypatch):
+    import gralora.layer as room
+
+    def refuse(module, **_):
+        raise ValueError("'get_apply_tensor_subclass' was not provided")
+
+    monkeypatch.setattr(room, "resolve_quantization_backend", refuse)
+    assert resolve_base(nn.Linear(2, 2)).supports_merge is False
