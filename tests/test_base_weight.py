@@ -398,7 +398,7 @@ def test_quantised_train_save_reload(kind, tmp_path):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
     expected = model.eval().base_model.model["layer"](x)
     model.save_pretrained(tmp_path)
