@@ -236,7 +236,8 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
         """Return the base layer, merged or as it was (PEFT calls this from `merge_and_unload` and `unload`)."""
         if merge:
             wanted = self.active_adapters if adapter_names is None else adapter_names
-            if missing := [name for name in wanted if name not in self.merged_adapters]:
+            done = self.merged_adapters
+            if missing := [name for name in wanted if name in self.gralora_A and name not in done]:
                 self.merge(safe_merge=safe_merge, adapter_names=missing)
         elif self.merged:
             self.unmerge()

@@ -156,6 +156,10 @@ class GraloraModel(BaseTuner):
             self.merge_adapter(adapter_names, safe_merge)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
+    def unload_merged(self, adapter_names: list[str]) -> nn.Module:
+        """Return the base model without the tuner layers, whose adapters were merged one by one before."""
+        return super()._unload_and_optionally_merge(True, False, False, adapter_names)
+
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not yet: combining adapters.
 
