@@ -17,6 +17,9 @@ check: $(STAMP) ## what CI runs: format, lint, types, tests, the README's snippe
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest
 
+bench: $(STAMP) ## measure speed and memory, and write benchmarks/results
+	for script in memory train_step layer merge way_back export drift; do $(BIN)/python benchmarks/$$script.py; done
+
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch

@@ -23,6 +23,7 @@ NAMES = {
     "peft.utils": ["PeftType", "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"],
     "peft.utils.other": ["get_pattern_key"],
     "peft.utils.quantization_utils": [
+        "ForwardOnlyQuantizationBackend",
         "QuantizationBackend",
         "get_quantization_kwargs",
         "resolve_quantization_backend",
@@ -75,7 +76,7 @@ def test_our_overrides_take_what_peft_passes():
 
     for method, parameters in OVERRIDDEN.items():
         ours = [p for p in inspect.signature(getattr(GraloraModel, method)).parameters if p not in ("self", "cls")]
-        assert ours == parameters
+        assert ours[: len(parameters)] == parameters
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ Importing this package is enough: from then on PEFT uses it for `PeftType.GRALOR
 from peft import PeftModel, get_peft_model
 
 from gralora.config import GraloraConfig
+from gralora.export import from_lora, to_lora
 from gralora.layer import GraloraLayer
 from gralora.model import GraloraModel, rescale_adapter_scale
 from gralora.registration import register, unregister
@@ -17,9 +18,11 @@ __all__ = [
     "GraloraLayer",
     "GraloraModel",
     "PeftModel",
+    "from_lora",
     "get_peft_model",
     "register",
     "rescale_adapter_scale",
+    "to_lora",
     "unregister",
 ]
 

@@ -164,7 +164,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, A, B, A_general, B_general, middle, middle_general = ctx.saved_tensors
         for_x, for_dropped, _, _, for_a, for_b, for_a_general, for_b_general, _ = ctx.needs_input_grad
-        k, n, r = A.shape
+        k = A.shape[0]
 
         def master(gradient: Tensor, factor: float = 1.0) -> Tensor:
             return _scaled(gradient, factor, ctx.master_dtype)
@@ -182,10 +182,7 @@ class _Linear(torch.autograd.Function):
                 d_dropped.addmm_(d_middle_general, A_general)
         dA = dB = dA_general = dB_general = None
         if for_a:
-            dA = x.new_empty(k, r, n)
-            for x_j, middle_j, dA_j in zip(x.chunk(k, 1), d_middle.unbind(), dA.unbind(), strict=True):
-                torch.mm(middle_j.T, x_j, out=dA_j)
-            dA = master(dA.transpose(1, 2))
+            dA = master(torch.bmm(d_middle.transpose(1, 2), x.unflatten(1, (k, -1)).transpose(0, 1)).transpose(1, 2))
         if for_b:
             dB = master(torch.bmm(middle.transpose(1, 2), by_block), ctx.scale)
         if for_a_general and d_middle_general is not None:

@@ -1,0 +1,95 @@
+"""How long does one adapted linear layer take, forward, and forward and backward?
+
+python benchmarks/layer.py [--rounds 8] [--quick]
+"""
+
+import argparse
+
+import torch
+from common import CONTESTANTS, adapt, device, interleaved, table, write
+from torch import nn
+
+SHAPES = [(576, 1536), (1536, 576), (2048, 2048), (4096, 4096), (4096, 11008)]
+RANKS = [(32, 2), (64, 4), (128, 8)]
+TOKENS = [1, 16, 512, 2048]
+DTYPES = [torch.bfloat16, torch.float32]
+
+
+def measure(n_in, n_out, t, r, k, dtype, rounds):
+    layers = {}
+    for name in CONTESTANTS:
+        holder = nn.ModuleDict({"layer": nn.Linear(n_in, n_out, bias=False, dtype=dtype, device=device())})
+        model = adapt(name, holder, r, k, ["layer"])
+        layers[name] = (model if name == "base" else model.base_model.model)["layer"]
+    x = torch.randn(t, n_in, dtype=dtype, device=device())
+    with_grad = x.clone().requires_grad_()
+    gradient = torch.randn(t, n_out, dtype=dtype, device=device())
+
+    def forward(layer):
+        with torch.no_grad():
+            layer(x)
+
+    def both(layer):
+        layer(with_grad).backward(gradient)
+
+    rows = []
+    for phase, function in (("forward", forward), ("forward+backward", both)):
+        times = interleaved({name: lambda f=function, m=m: f(m) for name, m in layers.items()}, rounds)
+        rows.append(
+            {
+                "shape": f"{n_in}→{n_out}",
+                "t": t,
+                "r": r,
+                "k": k,
+                "dtype": str(dtype)[6:],
+                "phase": phase,
+                "times": times,
+            }
+        )
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--quick", action="store_true", help="the shapes of the summary only")
+    options = parser.parse_args()
+    shapes = [(576, 1536), (2048, 2048), (4096, 4096)] if options.quick else SHAPES
+    ranks = RANKS[:2] if options.quick else RANKS
+    tokens = [1, 512] if options.quick else TOKENS
+    rows = []
+    for dtype in DTYPES:
+        for n_in, n_out in shapes:
+            for t in tokens:
+                for r, k in ranks:
+                    rounds = options.rounds * (20 if t <= 16 else 1)
+                    rows += measure(n_in, n_out, t, r, k, dtype, rounds)
+    lines = []
+    for row in rows:
+        best = {name: t["min"] for name, t in row["times"].items()}
+        ours = best["gralora"]
+        overhead = (ours - best["base"]) / max(1e-9, best["PEFT LoRA r"] - best["base"])
+        lines.append(
+            [row["shape"], row["t"], f"{row['r']},{row['k']}", row["dtype"], row["phase"]]
+            + [f"{best[name] * 1e3:.3f}" for name in CONTESTANTS]
+            + [ours / best["PEFT LoRA r"], ours / best["PEFT GraLoRA"], overhead]
+        )
+    table(
+        [
+            "shape",
+            "t",
+            "r,k",
+            "dtype",
+            "phase",
+            *(f"{n} ms" for n in CONTESTANTS),
+            "/LoRA",
+            "/PEFT GraLoRA",
+            "overhead",
+        ],
+        lines,
+    )
+    write("layer", rows)
+
+
+if __name__ == "__main__":
+    main()

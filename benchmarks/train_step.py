@@ -1,0 +1,58 @@
+"""How long does a training step of a whole model take?
+
+SmolLM2-135M, adapters on all linear layers, 8 × 96 tokens, forward, backward and an AdamW step.
+
+    python benchmarks/train_step.py [--rounds 8] [--r 32 --k 2]
+"""
+
+import argparse
+
+import torch
+from common import CONTESTANTS, LINEARS, adapt, device, interleaved, smollm2, table, write
+
+
+def contestant(name, dtype, r, k):
+    model = adapt(name, smollm2(dtype).to(device()), r, k, LINEARS).train()
+    tokens = torch.randint(0, 49152, (8, 96), generator=torch.Generator().manual_seed(0)).to(device())
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True) if trainable else None
+
+    def step():
+        if optimizer is None:
+            # the frozen base with a gradient that reaches its first layer, as an adapter there asks for
+            embedded = model.get_input_embeddings()(tokens).requires_grad_()
+            model(inputs_embeds=embedded, labels=tokens, use_cache=False).loss.backward()
+            return
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--r", type=int, default=32)
+    parser.add_argument("--k", type=int, default=2)
+    options = parser.parse_args()
+    rows, lines = [], []
+    for dtype in (torch.bfloat16, torch.float32):
+        steps = {name: contestant(name, dtype, options.r, options.k) for name in CONTESTANTS}
+        times = interleaved(steps, options.rounds)
+        rows.append({"dtype": str(dtype)[6:], "r": options.r, "k": options.k, "times": times})
+        base, lora = times["base"], times["PEFT LoRA r"]
+        for name in CONTESTANTS:
+            own = times[name]
+            lines.append(
+                [str(dtype)[6:], name, f"{own['min']:.3f}", f"{own['median']:.3f}", own["min"] / lora["min"]]
+                + [own["median"] / lora["median"], own["min"] / times["PEFT GraLoRA"]["min"]]
+                + [(own["min"] - base["min"]) / (lora["min"] - base["min"])]
+            )
+        del steps
+    table(["dtype", "contestant", "min s", "median s", "/LoRA", "/LoRA median", "/PEFT GraLoRA", "overhead"], lines)
+    write("train_step", rows)
+
+
+if __name__ == "__main__":
+    main()

