@@ -33,7 +33,7 @@ def plain(x, dropped, weight, bias, factors, scale):
 @pytest.mark.parametrize("q", [0, 3])
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("with_dropped", [False, True])
-@pytest.mark.parametrize("t", [0, 1, 5])
+@pytest.mark.parametrize("t", [0, 1, 5, fused.FEW_TOKENS + 1])
 def test_output_and_gradients_are_those_of_the_plain_path(k, q, with_dropped, t):
     x, weight, bias, factors = case(k=k, q=q, t=t)
     leaves = [x, *(f for f in factors if f is not None)] + ([torch.randn_like(x)] if with_dropped else [])
@@ -48,9 +48,11 @@ def test_output_and_gradients_are_those_of_the_plain_path(k, q, with_dropped, t)
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("few", [0, 100])
 @pytest.mark.parametrize("q", [0, 2])
 @pytest.mark.parametrize("with_dropped", [False, True])
-def test_gradients(q, with_dropped):
+def test_gradients(q, with_dropped, few, monkeypatch):
+    monkeypatch.setattr(fused, "FEW_TOKENS", few)
     x, weight, bias, factors = case(q=q)
     inputs = [x, torch.randn_like(x), *(f for f in factors if f is not None)]
     inputs = [leaf.requires_grad_() for leaf in inputs]
@@ -73,9 +75,10 @@ def test_a_wrong_exchange_would_be_seen(monkeypatch):
     )
 
 
+@pytest.mark.parametrize("t", [4, 64])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_over_float32_masters(dtype):
-    x, weight, bias, factors = case(k=4, s=8, n=64, m=32, q=4, t=64, dtype=dtype, master=torch.float32)
+def test_half_precision_over_float32_masters(dtype, t):
+    x, weight, bias, factors = case(k=4, s=8, n=64, m=32, q=4, t=t, dtype=dtype, master=torch.float32)
     factors = Factors(*(f.requires_grad_() for f in factors))
     x.requires_grad_()
     y = fused.linear(x, None, weight, bias, factors, 0.3)

@@ -18,6 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from gralora.blocks import Factors, exchange
 
+# Up to here the factors are the large tensors and the activations the small ones: a decoding step, say.
+FEW_TOKENS = 32
+
 
 def applies(base: nn.Module, holders: Iterable[nn.Module], x: Tensor, dtype: torch.dtype) -> bool:
     """Return whether `linear` on this base and input is the same function as the plain path.
@@ -97,8 +100,15 @@ def linear(
     """
     if torch.is_grad_enabled():
         return _Linear.apply(x, dropped, weight, bias, *factors, scale)
-    cast = _cast(factors, weight.dtype, scale)
-    return _forward(x, x if dropped is None else dropped, weight, bias, cast)[0]
+    adapter_input = x if dropped is None else dropped
+    if _is_few(x, factors):
+        return _forward_few(x, adapter_input, weight, bias, factors, scale)[0]
+    return _forward(x, adapter_input, weight, bias, _cast(factors, weight.dtype, scale))[0]
+
+
+def _is_few(x: Tensor, factors: Factors) -> bool:
+    """Return whether the activations are smaller than the factors, so that they are what is cast."""
+    return x.shape[0] <= FEW_TOKENS and factors.A.dtype.itemsize > 1  # float8 storage has no arithmetic
 
 
 def _cast(factors: Factors, dtype: torch.dtype, scale: float) -> Factors:
@@ -128,7 +138,7 @@ def _forward(
     A, B, A_general, B_general = factors
     k = A.shape[0]
     y = F.linear(x, weight, bias)
-    middle = exchange(torch.bmm(dropped.unflatten(1, (k, -1)).transpose(0, 1), A))
+    middle = exchange(torch.bmm(_by_block(dropped, k), A))
     for y_i, middle_i, B_i in zip(y.chunk(k, 1), middle.unbind(), B.unbind(), strict=True):
         y_i.addmm_(middle_i, B_i)
     if A_general is None or B_general is None:
@@ -136,6 +146,27 @@ def _forward(
     middle_general = dropped @ A_general.T
     y.addmm_(middle_general, B_general.T)
     return y, middle, middle_general
+
+
+def _forward_few(
+    x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, scale: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return what `_forward` does, the update computed in the dtype of the factors."""
+    A, B, A_general, B_general = factors
+    y = F.linear(x, weight, bias)
+    dropped = dropped.to(A.dtype)
+    middle = exchange(torch.bmm(_by_block(dropped, A.shape[0]), A))
+    update = torch.bmm(middle, B).transpose(0, 1).flatten(1)
+    middle_general = None
+    if A_general is not None and B_general is not None:
+        middle_general = dropped @ A_general.T
+        update.addmm_(middle_general, B_general.T)
+    return y.add_(update, alpha=scale), middle, middle_general
+
+
+def _by_block(x: Tensor, k: int) -> Tensor:
+    """Return rows `[t, (k n)]` as `[k, t, n]`, a view."""
+    return x.view(x.shape[0], k, -1).transpose(0, 1) if x.shape[0] else x.new_empty(k, 0, x.shape[1] // k)
 
 
 class _Linear(torch.autograd.Function):
@@ -152,11 +183,15 @@ class _Linear(torch.autograd.Function):
         B_general: Tensor | None,
         scale: float,
     ) -> Tensor:
-        factors = _cast(Factors(A, B, A_general, B_general), weight.dtype, scale)
+        factors = Factors(A, B, A_general, B_general)
         adapter_input = x if dropped is None else dropped
-        y, middle, middle_general = _forward(x, adapter_input, weight, bias, factors)
-        ctx.save_for_backward(adapter_input, weight, *factors, middle, middle_general)
-        ctx.scale, ctx.master_dtype = scale, A.dtype
+        ctx.few, ctx.scale, ctx.master_dtype = _is_few(x, factors), scale, A.dtype
+        if ctx.few:
+            y, *middles = _forward_few(x, adapter_input, weight, bias, factors, scale)
+        else:
+            factors = _cast(factors, weight.dtype, scale)
+            y, *middles = _forward(x, adapter_input, weight, bias, factors)
+        ctx.save_for_backward(adapter_input, weight, *factors, *middles)
         return y
 
     @staticmethod
@@ -165,28 +200,43 @@ class _Linear(torch.autograd.Function):
         x, weight, A, B, A_general, B_general, middle, middle_general = ctx.saved_tensors
         for_x, for_dropped, _, _, for_a, for_b, for_a_general, for_b_general, _ = ctx.needs_input_grad
         k = A.shape[0]
+        dx = g @ weight if for_x else None
+        d_dropped = torch.zeros_like(x) if for_dropped else dx
+        scale_of_b = ctx.scale
+        if ctx.few:  # neither B nor the middle tensors carry the scale: g does
+            x, g, scale_of_b = x.to(A.dtype), g.to(A.dtype) * ctx.scale, 1.0
 
         def master(gradient: Tensor, factor: float = 1.0) -> Tensor:
             return _scaled(gradient, factor, ctx.master_dtype)
 
         # d_middle is the gradient of the product x·A, block by block, exchanged back.
-        by_block = g.unflatten(1, (k, -1)).transpose(0, 1)
-        d_middle = exchange(torch.bmm(by_block, B.transpose(1, 2)))
+        g_by_block = _by_block(g, k)
+        d_middle = exchange(torch.bmm(g_by_block, B.transpose(1, 2)))
         d_middle_general = None if B_general is None else g @ B_general
-        dx = g @ weight if for_x else None
-        d_dropped = x.new_zeros(x.shape) if for_dropped else dx
         if d_dropped is not None:
-            for d_j, middle_j, A_j in zip(d_dropped.chunk(k, 1), d_middle.unbind(), A.unbind(), strict=True):
-                d_j.addmm_(middle_j, A_j.T)
-            if d_middle_general is not None:
-                d_dropped.addmm_(d_middle_general, A_general)
+            _add_to_input_gradient(d_dropped, d_middle, A, d_middle_general, A_general)
         dA = dB = dA_general = dB_general = None
         if for_a:
-            dA = master(torch.bmm(d_middle.transpose(1, 2), x.unflatten(1, (k, -1)).transpose(0, 1)).transpose(1, 2))
+            dA = master(torch.bmm(d_middle.transpose(1, 2), _by_block(x, k)).transpose(1, 2))
         if for_b:
-            dB = master(torch.bmm(middle.transpose(1, 2), by_block), ctx.scale)
+            dB = master(torch.bmm(middle.transpose(1, 2), g_by_block), scale_of_b)
         if for_a_general and d_middle_general is not None:
             dA_general = master(d_middle_general.T @ x)
         if for_b_general and middle_general is not None:
-            dB_general = master(g.T @ middle_general, ctx.scale)
+            dB_general = master(g.T @ middle_general, scale_of_b)
         return dx, d_dropped if for_dropped else None, None, None, dA, dB, dA_general, dB_general, None
+
+
+def _add_to_input_gradient(
+    gradient: Tensor, d_middle: Tensor, A: Tensor, d_middle_general: Tensor | None, A_general: Tensor | None
+) -> None:
+    """Add the adapter's share to the gradient of its input, in place."""
+    if gradient.dtype != A.dtype:
+        gradient += torch.bmm(d_middle, A.transpose(1, 2)).transpose(0, 1).flatten(1)
+        if d_middle_general is not None:
+            gradient += d_middle_general @ A_general
+        return
+    for gradient_j, middle_j, A_j in zip(gradient.chunk(A.shape[0], 1), d_middle.unbind(), A.unbind(), strict=True):
+        gradient_j.addmm_(middle_j, A_j.T)
+    if d_middle_general is not None:
+        gradient.addmm_(d_middle_general, A_general)
