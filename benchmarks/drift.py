@@ -1,8 +1,9 @@
 """Is the base still the same after a thousand merges and unmerges?
 
-SmolLM2-135M in bfloat16, adapters on all linear layers, beside the same loop on PEFT's own GraLoRA.
+SmolLM2-135M in bfloat16, adapters on v_proj, beside the same loop on PEFT's own
+GraLoRA. Between two merges the adapter moves, as on-line reinforcement learning does it.
 
-    python benchmarks/drift.py [--cycles 1000]
+    python benchmarks/drift.py [--cycles 1000] [--targets v_proj]
 """
 
 import argparse
@@ -10,16 +11,16 @@ import time
 import warnings
 
 import torch
-from common import LINEARS, adapt, device, smollm2, table, write
+from common import adapt, device, smollm2, table, write
 
 
 def weights_of(model):
     return {name: t.detach().clone() for name, t in model.state_dict().items() if "gralora_" not in name}
 
 
-def contestant(name, r, k):
+def contestant(name, r, k, targets):
     torch.manual_seed(0)
-    model = adapt(name, smollm2(torch.bfloat16).to(device()), r, k, LINEARS)
+    model = adapt(name, smollm2(torch.bfloat16).to(device()), r, k, targets)
     # An update of about 3 % of the weight, by mean absolute value, as training leaves it.
     for layer in model.modules():
         if hasattr(layer, "get_delta_weight"):
@@ -28,9 +29,20 @@ def contestant(name, r, k):
     return model
 
 
+def train_on(model):
+    """Move the adapter by half of its size in a random direction and keep the size, as steps of training would."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "gralora_" in name:
+                size = parameter.norm()
+                parameter.add_(torch.randn_like(parameter) * (0.5 * size / parameter.numel() ** 0.5))
+                parameter.mul_(size / parameter.norm())
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--cycles", type=int, default=1000)
+    parser.add_argument("--targets", nargs="+", default=["v_proj"])
     parser.add_argument("--r", type=int, default=32)
     parser.add_argument("--k", type=int, default=2)
     options = parser.parse_args()
@@ -38,7 +50,7 @@ def main():
     marks = sorted({1, 10, 100, options.cycles} & set(range(1, options.cycles + 1)))
     rows = []
     for name in ("PEFT GraLoRA", "gralora"):
-        model = contestant(name, options.r, options.k)
+        model = contestant(name, options.r, options.k, options.targets)
         before = weights_of(model)
         start, held = time.perf_counter(), None
         for cycle in range(1, options.cycles + 1):
@@ -47,6 +59,7 @@ def main():
                 layers = [m for m in model.modules() if hasattr(m, "_merges")]
                 held = sum(r.nbytes for m in layers for r in m._merges) / sum(m.weight.nbytes for m in layers)
             model.base_model.unmerge_adapter()
+            train_on(model)
             if cycle in marks:
                 after = weights_of(model)
                 changed = sum(not torch.equal(before[key], after[key]) for key in before)

@@ -250,7 +250,7 @@ def _dense_record(
     record = DenseRecord(names, kept, [], [], [], torch.get_num_threads(), fan_in_fan_out)
     rows, merged_rows = _rows(weight.detach(), fan_in_fan_out), _rows(merged, fan_in_fan_out)
     for start, stop in _chunks(rows):
-        original = rows[start:stop].contiguous()
+        original = rows[start:stop].clone(memory_format=torch.contiguous_format)
         guess = _unrounded(merged_rows[start:stop], kept, start, stop)
         differs = (_bits(guess) != _bits(original)).view(-1)
         differs[_GAP - 1 :: _GAP] = True
@@ -293,8 +293,8 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def _checksum(chunk: Tensor) -> tuple[int, ...]:
     """Return numbers that a change of any element, or an exchange of two, changes."""
-    bits = _bits(chunk)
-    sums = (bits.sum(axis, dtype=torch.int64) for axis in (0, 1))
+    words = chunk.view(torch.int64) if chunk.shape[1] * chunk.itemsize % 8 == 0 else _bits(chunk)
+    sums = (words.sum(axis, dtype=torch.int64) for axis in (0, 1))
     return tuple(int((line * torch.arange(1, len(line) + 1, device=line.device)).sum()) for line in sums)
 
 

@@ -33,7 +33,7 @@ from gralora.run_folder import RunFolder, explaining_full_disk, write_json, writ
 from gralora.tasks import support_rows
 
 PACKAGED_TASK = "the packaged task"
-_DEFAULT_STEPS = 48  # of the packaged task
+_DEFAULT_STEPS = 40  # of the packaged task
 _DEFAULT_EPOCHS = 3.0
 _FREE_ON_RESUME = {"output", "resume", "threads"}
 
