@@ -8,6 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from rich.table import Table
 
 from gralora.merging import MergeOptions, MergeReport, merge_to_folder
+from gralora.progress import ConsoleReporter, quiet_libraries
 
 
 def merge(
@@ -31,7 +32,7 @@ def merge(
     options = MergeOptions(base, (adapter, *another), output, tuple(weight), dtype, requantize, overwrite)
     console = Console()
     columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with quiet_libraries(ConsoleReporter()), Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task("merging", total=None)
         report = merge_to_folder(options, lambda done, total: progress.update(bar, completed=done, total=total))
     _print(console, report)
@@ -51,7 +52,8 @@ def _print(console: Console, report: MergeReport) -> None:
         console.print(table)
     if report.sampled:
         console.print(
-            f"Largest deviation from base + update over {len(report.sampled)} layers read back: {report.deviation:.2e}",
+            f"Largest deviation from base + update over {len(report.sampled)} layers read back: {report.deviation:.2e} "
+            f"(rounding to {str(report.dtype).removeprefix('torch.')} included)",
             highlight=False,
         )
     console.print(f"Merged {report.layers} layers into {report.output}", highlight=False, soft_wrap=True)
