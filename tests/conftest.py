@@ -38,8 +38,12 @@ class MLP(nn.Module):
 
 
 @pytest.fixture
-def mlp():
-    return MLP()
+def one_thread():
+    # Models of this size are fastest so, and several processes on few processors do not wait for each other.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def mlp_config(**changes):

@@ -4,21 +4,13 @@ import os
 import signal
 
 import pytest
-import torch
 from tiny_language_model import save_model, write_rows
 
 from gralora import cli
 from gralora.options_file import read_options_file
 from gralora.progress import ConsoleReporter
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    # Models of this size are fastest so, and several processes on few processors do not wait for each other.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

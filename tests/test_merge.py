@@ -1,3 +1,4 @@
+import copy
 import warnings
 
 import pytest
@@ -86,6 +87,29 @@ def test_broken_second_adapter_is_refused_and_nothing_changed():
         model.merge_and_unload(safe_merge=True, adapter_names=["default", "second"])
     assert_same_bits(before, weights_of(model))
     assert "default" in model.peft_config
+
+
+def test_a_final_merge_is_refused_before_anything_changes_too():
+    model = two_adapters()
+    before = weights_of(model)
+    with torch.no_grad():
+        model.base_model.model.down.gralora_B["default"][0, 0, 0] = float("inf")
+    with pytest.raises(ValueError, match=r"'default' has a non-finite update \(at 'down'; no layer was merged\)"):
+        model.base_model.merge_adapter(safe_merge=True, keep_base=False)
+    assert_same_bits(before, weights_of(model))
+
+
+def test_a_finally_merged_model_moves_and_copies():
+    model = two_adapters()
+    x = torch.randn(3, 12)
+    model.merge_adapter(["second"])
+    with pytest.warns(UserWarning, match="additionally"):
+        model.base_model.merge_adapter(["default"], keep_base=False)
+    expected = model(x)
+    assert model.base_model.model.up.merged_adapters == ["second", "default"]
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+    torch.testing.assert_close(model.double()(x.double()).float(), expected)
+    assert model.base_model.model.up.merged_adapters == ["second", "default"]
 
 
 def test_an_earlier_merge_survives_a_refused_one():

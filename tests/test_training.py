@@ -24,6 +24,8 @@ from gralora.training import TrainingOptions, options_of_run, train
 SETTINGS = {"r": 4, "dropout": 0.3, "lr": 1e-2, "batch_size": 4, "steps": 8, "dtype": "float32"}
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
@@ -33,15 +35,6 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    # Models of this size are fastest so, and several processes on few processors do not wait for each other.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -111,7 +111,7 @@ def merge(layer: BaseTunerLayer, names: list[str], parts: list[Part], safe: bool
         _check_finite(merged, names, safe)
         if layer.base_is_shared:
             base.weight = nn.Parameter(merged, requires_grad=weight.requires_grad)
-            return SharedRecord(names, weight)
+            return SharedRecord(names, weight) if keep else ForgottenRecord(names)
         record = _dense_record(names, weight, merged, parts, layer.fan_in_fan_out) if keep else ForgottenRecord(names)
         weight.copy_(merged)
         return record

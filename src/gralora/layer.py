@@ -221,7 +221,11 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
                 "to merge, load the base model in 16 or 32 bits."
             )
         parts = [self._part(name) for name in names]
-        self._merges.append(base_weight.merge(self, names, parts, safe=safe_merge, keep=keep_base))
+        record = base_weight.merge(self, names, parts, safe=safe_merge, keep=keep_base)
+        if keep_base:
+            self._merges.append(record)
+        else:  # what was merged before can't be reached any more
+            self._merges = [base_weight.ForgottenRecord([*self.merged_adapters, *names])]
 
     def unmerge(self) -> None:
         """Undo every merge; the base weight gets its bits back."""
@@ -306,6 +310,10 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GraloraLayer":
         # `.to`, `.half`, `.cuda` on a merged layer: the record must not cross devices or dtypes.
+        if any(isinstance(record, base_weight.ForgottenRecord) for record in self._merges):
+            self._merges = [base_weight.ForgottenRecord(self.merged_adapters)]
+            super()._apply(fn, recurse)
+            return self
         merges = [record.adapter_names for record in self._merges]
         if merges:
             self.unmerge()

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import torch
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -127,17 +128,20 @@ class GraloraModel(BaseTuner):
                     f"Nothing was merged: {name!r} can't be, because {obstacle}. The adapter trains and serves "
                     "unmerged; to merge, load the base model in 16 or 32 bits."
                 )
+            if safe_merge and not keep_base:
+                _check_finite_update(name, layer, adapter_names)
         for name, layer in layers.items():
             before = len(layer._merges)
             try:
                 with onload_layer(layer):
                     layer.merge(safe_merge=safe_merge, adapter_names=adapter_names, keep_base=keep_base)
             except BaseException as error:
-                for merged, depth in reversed(done):
+                for merged, depth in reversed(done if keep_base else []):
                     with onload_layer(merged):
                         while len(merged._merges) > depth:
                             merged.undo_last_merge()
-                where = f"at {name!r}; no layer was merged"
+                undone = "no layer was merged" if keep_base else f"{len(done)} layers before it are merged for good"
+                where = f"at {name!r}; {undone}"
                 if type(error) in (ValueError, RuntimeError):
                     raise type(error)(f"{error} ({where})") from error
                 error.add_note(where)
@@ -333,6 +337,16 @@ def _all_or_nothing(model: nn.Module, configs: dict[str, Any], adapter_name: str
                 if isinstance(settings, dict):
                     settings.pop(adapter_name, None)
         raise
+
+
+def _check_finite_update(name: str, layer: GraloraLayer, adapter_names: list[str] | None) -> None:
+    """Refuse a non-finite update before a merge that can't be undone."""
+    for adapter in layer.active_adapters if adapter_names is None else adapter_names:
+        if adapter in layer.gralora_A and not torch.isfinite(layer.get_delta_weight(adapter)).all():
+            raise ValueError(
+                f"the merged weight must be finite; {adapter!r} has a non-finite update "
+                f"(at {name!r}; no layer was merged)"
+            )
 
 
 def _leave_out_misfits(targets: list[_Target], config: GraloraConfig) -> list[_Target]:
