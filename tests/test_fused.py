@@ -161,7 +161,6 @@ NOT_THE_SAME = {
     "a hook on the base": lambda layer: hook(layer.base_layer),
     "a pre-hook on the base": lambda layer: layer.base_layer.register_forward_pre_hook(lambda *_: None),
     "a backward hook on the base": lambda layer: layer.base_layer.register_full_backward_hook(lambda *_: None),
-    "a hook on a holder": lambda layer: hook(layer.gralora_B._modules["default"]),
     "a forward of its own": lambda layer: set_forward(layer.base_layer),
     "a trainable weight": lambda layer: layer.base_layer.weight.requires_grad_(True),
     "a trainable bias": lambda layer: layer.base_layer.bias.requires_grad_(True),
@@ -178,6 +177,16 @@ def test_everything_else_takes_the_plain_path(calls, change):
     change(layer)
     layer(x)
     assert not calls
+
+
+def test_what_the_holders_return_is_what_counts(calls):
+    """A hook of offloading or sharding on a holder runs, and may give another tensor."""
+    layer, x = layer_and_input()
+    layer.gralora_B._modules["default"].register_forward_hook(lambda module, args, weight: weight * 0)
+    assert torch.equal(layer(x), layer.base_layer(x))
+    assert calls
+    layer.gralora_A._modules["default"].register_forward_hook(lambda module, args, weight: weight.to("meta"))
+    assert not fused.applies(layer.base_layer, x, layer.factors("default", call=True))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")

@@ -6,7 +6,6 @@ slices where they lie; the scale rides on the small B; and the only copy is the 
 tensor `[k, t, r]`. `applies` says where this is the same function as the plain path.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,65 +14,55 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+from torch.nn.modules import module as _module
 
 from gralora.blocks import Factors, exchange
 
 # Up to here the factors are the large tensors and the activations the small ones: a decoding step, say.
 FEW_TOKENS = 32
+_PLAIN = (Tensor, nn.Parameter)
 
 
-def applies(base: nn.Module, holders: Iterable[nn.Module], x: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether `linear` on this base and input is the same function as the plain path.
-
-    Args:
-        base: The frozen layer.
-        holders: The modules that hold the adapter's factors.
-        x: Its input.
-        dtype: What the products are to be computed in.
-    """
-    if torch.compiler.is_compiling() or type(base) is not nn.Linear or type(x) not in (Tensor, nn.Parameter):
+def applies(base: nn.Module, x: Tensor, factors: Factors) -> bool:
+    """Return whether `linear` on this base, input and adapter is the same function as the plain path."""
+    if torch.compiler.is_compiling() or type(base) is not nn.Linear or type(x) not in _PLAIN:
         return False
-    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+    weight, bias = base._parameters.get("weight"), base.bias
     return (
-        type(weight) is nn.Parameter
-        and x.dtype == weight.dtype == dtype
-        and x.layout == weight.layout == torch.strided
-        and not x.is_nested
+        type(weight) is nn.Parameter  # a parametrized weight is none
         and not weight.requires_grad
         and (bias is None or not bias.requires_grad)
-        and all(_is_plain(holder) and _device(holder) == x.device for holder in (base, *holders))
-        and not _is_watched()
+        and x.dtype == weight.dtype
+        and x.device == weight.device
+        and x.layout == weight.layout == torch.strided
+        and not x.is_nested
+        and all(f is None or (type(f) in _PLAIN and f.device == weight.device) for f in factors)
+        and (not torch._C._is_any_autocast_enabled() or compute_dtype(x) == x.dtype)
+        and not _is_watched(base)
     )
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Return whether calling `module` runs its class's `forward` and nothing else."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that a linear layer computes in on `x`: its own, or autocast's."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _device(module: nn.Module) -> torch.device | None:
-    """Return where the weight of `module` lies, None where it is no parameter (a parametrization, say)."""
-    weight = module._parameters.get("weight")
-    return None if weight is None else weight.device
-
-
-def _is_watched() -> bool:
-    """Return whether somebody else is watching: a tracer, functorch, forward mode, a global hook."""
-    module = torch.nn.modules.module
+def _is_watched(base: nn.Module) -> bool:
+    """Return whether somebody else is watching: a hook, a tracer, functorch, forward mode."""
     return bool(
-        torch._C._get_tracing_state() is not None
+        base._forward_hooks
+        or base._forward_pre_hooks
+        or base._backward_hooks
+        or base._backward_pre_hooks
+        or "forward" in base.__dict__
+        or _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+        or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
-        or module._global_forward_hooks
-        or module._global_forward_pre_hooks
-        or module._global_backward_hooks
-        or module._global_backward_pre_hooks
     )
 
 
@@ -123,12 +112,13 @@ def _cast(factors: Factors, dtype: torch.dtype, scale: float) -> Factors:
 
 
 def _scaled(tensor: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """Return `scale * tensor`, rounded once to `dtype`, in one pass."""
+    """Return `scale * tensor`, rounded once to `dtype` and contiguous, in one pass."""
     if scale == 1:
-        return tensor.to(dtype)
+        return tensor.to(dtype, memory_format=torch.contiguous_format)
     if tensor.dtype.itemsize == 1:  # float8 storage has no arithmetic
         tensor = tensor.to(dtype)
-    return torch.mul(tensor, scale, out=torch.empty_like(tensor, dtype=dtype))
+    scaled = torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+    return torch.mul(tensor, scale, out=scaled)
 
 
 def _forward(
@@ -204,7 +194,7 @@ class _Linear(torch.autograd.Function):
         d_dropped = torch.zeros_like(x) if for_dropped else dx
         scale_of_b = ctx.scale
         if ctx.few:  # neither B nor the middle tensors carry the scale: g does
-            x, g, scale_of_b = x.to(A.dtype), g.to(A.dtype) * ctx.scale, 1.0
+            x, g, scale_of_b = x.to(A.dtype), _scaled(g, ctx.scale, A.dtype), 1.0
 
         def master(gradient: Tensor, factor: float = 1.0) -> Tensor:
             return _scaled(gradient, factor, ctx.master_dtype)
@@ -217,7 +207,7 @@ class _Linear(torch.autograd.Function):
             _add_to_input_gradient(d_dropped, d_middle, A, d_middle_general, A_general)
         dA = dB = dA_general = dB_general = None
         if for_a:
-            dA = master(torch.bmm(d_middle.transpose(1, 2), _by_block(x, k)).transpose(1, 2))
+            dA = master(_gradient_of_A(_by_block(x, k), d_middle))
         if for_b:
             dB = master(torch.bmm(middle.transpose(1, 2), g_by_block), scale_of_b)
         if for_a_general and d_middle_general is not None:
@@ -225,6 +215,14 @@ class _Linear(torch.autograd.Function):
         if for_b_general and middle_general is not None:
             dB_general = master(g.T @ middle_general, scale_of_b)
         return dx, d_dropped if for_dropped else None, None, None, dA, dB, dA_general, dB_general, None
+
+
+def _gradient_of_A(x_by_block: Tensor, d_middle: Tensor) -> Tensor:
+    """Return `x_jᵀ · d_middle_j` for every j, `[k, n, r]`."""
+    if x_by_block.shape[1] <= FEW_TOKENS:
+        return torch.bmm(x_by_block.transpose(1, 2), d_middle)
+    # With many rows, the short side first takes a third of the time, the transposed copy included.
+    return torch.bmm(d_middle.transpose(1, 2), x_by_block).transpose(1, 2)
 
 
 def _add_to_input_gradient(

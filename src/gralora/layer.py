@@ -344,46 +344,41 @@ class Linear(GraloraLayer):
             raise NotImplementedError(
                 "`adapter_names`, a different adapter for each row of a batch, can't be used yet."
             )
-        names = self._applied_adapters()
-        if names and not (args or kwargs):
-            result = self._fused(x, names[0])
+        result = None
+        for name in self._applied_adapters():
+            factors = self.factors(name, call=True)
             if result is not None:
-                names = names[1:]
+                result = self._add_update(result, x, name, factors)
+            elif not (args or kwargs) and fused.applies(self.base_layer, x, factors):
+                result = self._fused(x, name, factors)
             else:
-                result = self.base_layer(x)
-        else:
-            result = self.base_layer(x, *args, **kwargs)
-        for name in names:
-            result = self._add_update(result, x, name)
-        return result
+                result = self._add_update(self.base_layer(x, *args, **kwargs), x, name, factors)
+        return self.base_layer(x, *args, **kwargs) if result is None else result
 
     def _applied_adapters(self) -> list[str]:
         if self._disable_adapters:
             return []
-        merged = self.merged_adapters
-        return [name for name in self.active_adapters if name in self.gralora_A._modules and name not in merged]
+        held = self._modules["gralora_A"]._modules
+        merged = self.merged_adapters if self._merges else ()
+        return [name for name in self.active_adapters if name in held and name not in merged]
 
-    def _fused(self, x: Tensor, adapter_name: str) -> Tensor | None:
-        """Return base and update in one, or None where that would not be the same function."""
-        base, holders = self.base_layer, self._holders(adapter_name)
-        if not fused.applies(base, [holder for holder in holders if holder is not None], x, _compute_dtype(x)):
-            return None
-        factors = self.factors(adapter_name)
-        dropout = self.gralora_dropout[adapter_name]
+    def _fused(self, x: Tensor, adapter_name: str, factors: blocks.Factors) -> Tensor:
+        base: Any = self.base_layer
+        dropout = self.gralora_dropout._modules[adapter_name]
         rows = x.reshape(-1, self.in_features)
-        dropped = dropout(rows) if self.training and isinstance(dropout, nn.Dropout) else None
+        dropped = dropout(rows) if self.training and type(dropout) is not nn.Identity else None
         y = fused.linear(rows, dropped, base.weight, base.bias, factors, self.scaling[adapter_name])
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _add_update(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
+    def _add_update(self, result: Tensor, x: Tensor, adapter_name: str, factors: blocks.Factors) -> Tensor:
         if result.is_nested:  # PyTorch's transformer encoder packs padded batches so
             parts = zip(result.unbind(), x.unbind(), strict=True)
             return torch.nested.as_nested_tensor(
-                [self._add_update(part, x_part, adapter_name) for part, x_part in parts], layout=result.layout
+                [self._add_update(*part, adapter_name, factors) for part in parts], layout=result.layout
             )
         # Small tensors follow the big ones: the factors go to the compute dtype, never x up to theirs.
-        dtype = _compute_dtype(x)
-        factors = self.factors(adapter_name, call=True).to(dtype, x.device)
+        dtype = fused.compute_dtype(x)
+        factors = factors.to(dtype, x.device)
         x = self.gralora_dropout[adapter_name](x).reshape(-1, self.in_features).to(dtype)
         rows = result.reshape(-1, self.out_features)
         if result.dtype == dtype:
@@ -391,12 +386,6 @@ class Linear(GraloraLayer):
         else:
             updated = rows + blocks.apply(x, factors, self.scaling[adapter_name]).to(result.dtype)
         return updated.view(result.shape)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype that a linear layer computes in on `x`: its own, or autocast's."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def resolve_base(module: nn.Module, **quantization: Any) -> QuantizationBackend | None:
