@@ -1,6 +1,8 @@
 """How long do the dense update, a merge and an unmerge take, of one layer and of a whole model?
 
-python benchmarks/merge.py [--rounds 8]
+The updates are of the size that training makes: mean |Δ| is 3 % of mean |W|.
+
+    python benchmarks/merge.py [--rounds 8]
 """
 
 import argparse
@@ -9,14 +11,23 @@ import warnings
 
 import torch
 from common import LINEARS, adapt, device, interleaved, smollm2, table, timed, write
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+RATIO = 0.03
 NAMES = ("PEFT LoRA r", "PEFT GraLoRA", "gralora", "gralora, keep_base=False")
 
 
 def layer_of(name, n, r, k, dtype):
     holder = nn.ModuleDict({"layer": nn.Linear(n, n, bias=False, dtype=dtype, device=device())})
-    return adapt(name.partition(",")[0], holder, r, k, ["layer"]).base_model.model["layer"]
+    return scaled(adapt(name.partition(",")[0], holder, r, k, ["layer"])).base_model.model["layer"]
+
+
+def scaled(model):
+    for layer in (m for m in model.modules() if isinstance(m, BaseTunerLayer)):
+        ratio = layer.get_delta_weight("default").abs().mean() / layer.get_base_layer().weight.abs().mean()
+        layer.scaling["default"] *= RATIO / ratio.item()
+    return model
 
 
 def layer_rows(n, r, k, dtype, rounds):
@@ -63,7 +74,7 @@ def layer_rows(n, r, k, dtype, rounds):
 
 
 def model_rows(r, k, rounds):
-    models = {name: adapt(name, smollm2(torch.bfloat16).to(device()), r, k, LINEARS) for name in NAMES[:3]}
+    models = {name: scaled(adapt(name, smollm2(torch.bfloat16).to(device()), r, k, LINEARS)) for name in NAMES[:3]}
 
     def cycle(model):
         model.base_model.merge_adapter()

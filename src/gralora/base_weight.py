@@ -23,6 +23,8 @@ from gralora import blocks
 CHUNK = 1 << 22
 # A correction is forced every so many elements, so that each gap between two fits a byte.
 _GAP = 255
+# Share of the weight's bytes above which a record keeps its factors in the dtype of the weight.
+_LARGE_FACTORS = 0.1
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -45,12 +47,15 @@ def obstacle_to_merging(base: nn.Module, backend: QuantizationBackend | None) ->
     return None
 
 
-def delta(parts: list[Part], dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Float[Tensor, "rows in"]:
-    """Return rows `start` to `stop` of the sum of the dense updates, computed in `dtype`."""
-    first, *rest = (blocks.dense(part.factors.to(dtype), part.scale, start, stop) for part in parts)
-    for other in rest:
-        first += other
-    return first
+def delta(
+    parts: list[Part], dtype: torch.dtype, start: int = 0, stop: int | None = None, out: Tensor | None = None
+) -> Float[Tensor, "rows in"]:
+    """Return rows `start` to `stop` of the sum of the dense updates, computed in `dtype`, written to `out` if given."""
+    first, *rest = parts
+    total = blocks.dense(first.factors.to(dtype), first.scale, start, stop, out)
+    for part in rest:
+        total += blocks.dense(part.factors.to(dtype), part.scale, start, stop)
+    return total
 
 
 def delta_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -102,19 +107,45 @@ def merge(layer: BaseTunerLayer, names: list[str], parts: list[Part], safe: bool
         weight = base.weight
         if weight.device.type == "meta":
             raise RuntimeError("this layer can't be merged: its base weight is not loaded (meta device).")
-        rows = _rows(weight, layer.fan_in_fan_out)
         merged = torch.empty_like(weight)
-        dtype = delta_dtype(weight.dtype, parts[0].factors.A.dtype)
-        for start, stop in _chunks(rows):
-            exact = delta(parts, dtype, start, stop).to(weight.device).add_(rows[start:stop])
-            _rows(merged, layer.fan_in_fan_out)[start:stop] = exact
+        if layer.base_is_shared or not keep:
+            _add_updates(weight, merged, parts, layer.fan_in_fan_out)
+            record = SharedRecord(names, weight) if keep else ForgottenRecord(names)
+        else:
+            way_back = DenseRecord.start(names, weight, parts, layer.fan_in_fan_out)
+            whole = _add_updates(weight, merged, parts, layer.fan_in_fan_out, way_back)
+            record = way_back if whole else CopyRecord(names, weight.detach().clone())
         _check_finite(merged, names, safe)
         if layer.base_is_shared:
             base.weight = nn.Parameter(merged, requires_grad=weight.requires_grad)
-            return SharedRecord(names, weight) if keep else ForgottenRecord(names)
-        record = _dense_record(names, weight, merged, parts, layer.fan_in_fan_out) if keep else ForgottenRecord(names)
-        weight.copy_(merged)
+        else:
+            weight.copy_(merged)
         return record
+
+
+def _add_updates(
+    weight: Tensor, merged: Tensor, parts: list[Part], fan_in_fan_out: bool, way_back: "DenseRecord | None" = None
+) -> bool:
+    """Write `weight + Δ`, rounded once, to `merged`; note in `way_back` what finds `weight` again.
+
+    Returns:
+        Whether `way_back` is whole. False where it would be as large as the weight itself.
+    """
+    rows, merged_rows = _rows(weight.detach(), fan_in_fan_out), _rows(merged, fan_in_fan_out)
+    kept = parts if way_back is None else way_back.parts
+    same = kept[0].factors.A.dtype == parts[0].factors.A.dtype
+    # What an undo will compute again should be the very same products, of tensors that lie in memory alike.
+    parts = kept if same else parts
+    scratch, whole = _Scratch(rows, parts), False
+    for start, stop in _chunks(rows):
+        original, chunk = rows[start:stop], merged_rows[start:stop]
+        update = scratch.delta(parts, start, stop)
+        chunk.copy_(scratch.sum(original, update))
+        if way_back is not None and (whole or start == 0):
+            kept_update = update if same else scratch.delta(kept, start, stop)
+            way_back.note(original, scratch.unrounded(chunk, kept_update))
+            whole = way_back.nbytes < weight.nbytes
+    return whole
 
 
 @dataclass
@@ -196,6 +227,25 @@ class DenseRecord(MergeRecord):
     threads: int
     fan_in_fan_out: bool
 
+    @classmethod
+    def start(cls, names: list[str], weight: Tensor, parts: list[Part], fan_in_fan_out: bool) -> "DenseRecord":
+        """Return a record without corrections, which `note` adds chunk by chunk."""
+        factors = sum(tensor.nbytes for part in parts for tensor in part.factors if tensor is not None)
+        # Rounded factors cost more corrections and products, and are worth it where the factors are large.
+        dtype = weight.dtype if factors > _LARGE_FACTORS * weight.nbytes else parts[0].factors.A.dtype
+        kept = [Part(blocks.Factors(*map(_clone, part.factors.to(dtype))), part.scale) for part in parts]
+        return cls(names, kept, [], [], [], torch.get_num_threads(), fan_in_fan_out)
+
+    def note(self, original: Tensor, guess: Tensor) -> None:
+        """Keep the elements of a chunk where `guess` is not `original`, and its checksum."""
+        original = original.contiguous()
+        differs = (_bits(guess) != _bits(original)).view(-1)
+        differs[_GAP - 1 :: _GAP] = True
+        where = differs.nonzero().view(-1)
+        self.gaps.append(torch.diff(where, prepend=where.new_tensor([-1])).to(torch.uint8))
+        self.values.append(original.view(-1)[where])
+        self.checksums.append(_checksum(original))
+
     @property
     def nbytes(self) -> int:
         """Bytes of factors and corrections."""
@@ -218,15 +268,17 @@ class DenseRecord(MergeRecord):
         """Return a copy record, since another machine's products may round differently."""
         rows = _rows(weight.detach(), self.fan_in_fan_out)
         original = torch.empty_like(weight)
-        _rows(original, self.fan_in_fan_out).copy_(torch.cat(list(self._originals(rows))))
+        for (start, stop), chunk in zip(_chunks(rows), self._originals(rows), strict=True):
+            _rows(original, self.fan_in_fan_out)[start:stop] = chunk
         return CopyRecord(self.adapter_names, original), original
 
     def _originals(self, rows: Tensor) -> Iterator[Tensor]:
+        scratch = _Scratch(rows, self.parts)
         for number, (start, stop) in enumerate(_chunks(rows)):
             # The number of threads may change the order of a sum, the machine's own choice not: pin it.
             for threads in (self.threads, 1):
                 with pinned_numerics(threads):
-                    original = _unrounded(rows[start:stop], self.parts, start, stop)
+                    original = scratch.unrounded(rows[start:stop], scratch.delta(self.parts, start, stop))
                     where = self.gaps[number].cumsum(0, dtype=torch.int64).sub_(1)
                     original.view(-1)[where] = self.values[number]
                     if _checksum(original) == self.checksums[number]:
@@ -239,34 +291,29 @@ class DenseRecord(MergeRecord):
             yield original
 
 
-def _dense_record(
-    names: list[str], weight: Tensor, merged: Tensor, parts: list[Part], fan_in_fan_out: bool
-) -> MergeRecord:
-    """Return the smaller of a record of corrections and a copy."""
-    factors = sum(tensor.nbytes for part in parts for tensor in part.factors if tensor is not None)
-    # Rounded factors cost some more corrections, and are worth it where the factors themselves are large.
-    kept_dtype = weight.dtype if factors > 0.1 * weight.nbytes else parts[0].factors.A.dtype
-    kept = [Part(blocks.Factors(*map(_clone, part.factors.to(kept_dtype))), part.scale) for part in parts]
-    record = DenseRecord(names, kept, [], [], [], torch.get_num_threads(), fan_in_fan_out)
-    rows, merged_rows = _rows(weight.detach(), fan_in_fan_out), _rows(merged, fan_in_fan_out)
-    for start, stop in _chunks(rows):
-        original = rows[start:stop].clone(memory_format=torch.contiguous_format)
-        guess = _unrounded(merged_rows[start:stop], kept, start, stop)
-        differs = (_bits(guess) != _bits(original)).view(-1)
-        differs[_GAP - 1 :: _GAP] = True
-        where = differs.nonzero().view(-1)
-        record.gaps.append(torch.diff(where, prepend=where.new_tensor([-1])).to(torch.uint8))
-        record.values.append(original.view(-1)[where])
-        record.checksums.append(_checksum(original))
-        if record.nbytes >= weight.nbytes:
-            return CopyRecord(names, weight.detach().clone())
-    return record
+class _Scratch:
+    """Memory for one chunk, used again for every chunk: fresh pages cost more than the products."""
 
+    def __init__(self, rows: Tensor, parts: list[Part]) -> None:
+        factors = parts[0].factors
+        self.dtype = delta_dtype(rows.dtype, factors.A.dtype)
+        shape = (min(rows.shape[0], _chunk_height(rows)), rows.shape[1])
+        self._delta = torch.empty(shape, dtype=self.dtype, device=factors.A.device)
+        self._sum = torch.empty(shape, dtype=self.dtype, device=rows.device)
+        self._rounded = torch.empty(shape, dtype=rows.dtype, device=rows.device)
 
-def _unrounded(merged: Tensor, parts: list[Part], start: int, stop: int) -> Tensor:
-    """Return `merged - Δ` in the dtype of `merged` and contiguous: the original, but for rounding."""
-    dtype = delta_dtype(merged.dtype, parts[0].factors.A.dtype)
-    return torch.sub(merged, delta(parts, dtype, start, stop).to(merged.device)).to(merged.dtype).contiguous()
+    def delta(self, parts: list[Part], start: int, stop: int) -> Tensor:
+        """Return the update's rows on the device of the weight."""
+        return delta(parts, self.dtype, start, stop, out=self._delta[: stop - start]).to(self._sum.device)
+
+    def sum(self, original: Tensor, update: Tensor) -> Tensor:
+        """Return `original + update` before it is rounded."""
+        return torch.add(original, update, out=self._sum[: len(update)])
+
+    def unrounded(self, merged: Tensor, update: Tensor) -> Tensor:
+        """Return `merged - update` in the dtype of `merged` and contiguous: the original, but for rounding."""
+        difference = torch.sub(merged, update, out=self._sum[: len(update)])
+        return self._rounded[: len(update)].copy_(difference)
 
 
 def _check_finite(merged: Tensor, names: list[str], safe: bool) -> None:
@@ -282,8 +329,12 @@ def _rows(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
     return weight.T if fan_in_fan_out else weight
 
 
+def _chunk_height(rows: Tensor) -> int:
+    return max(1, CHUNK // rows.shape[1])
+
+
 def _chunks(rows: Tensor) -> list[tuple[int, int]]:
-    step = max(1, CHUNK // rows.shape[1])
+    step = _chunk_height(rows)
     return [(start, min(start + step, rows.shape[0])) for start in range(0, rows.shape[0], step)]
 
 

@@ -132,7 +132,13 @@ def apply(x: Float[Tensor, "*lead in"], factors: Factors, scale: float) -> Float
 
 
 @torch.no_grad()
-def dense(factors: Factors, scale: float, start: int = 0, stop: int | None = None) -> Float[Tensor, "rows in"]:
+def dense(
+    factors: Factors,
+    scale: float,
+    start: int = 0,
+    stop: int | None = None,
+    out: Float[Tensor, "rows in"] | None = None,
+) -> Float[Tensor, "rows in"]:
     """Return the matrix ΔW `[out, in]` of the update, `apply(x) = x ΔWᵀ`, without gradient.
 
     Every block is one product of `[m, s]` and `[s, n]` written into its place, so that the result is the
@@ -143,12 +149,13 @@ def dense(factors: Factors, scale: float, start: int = 0, stop: int | None = Non
         scale: Factor of the whole update.
         start: First row that is wanted.
         stop: Row after the last one; all by default.
+        out: Where to write it, a new tensor by default.
     """
     A, B, A_general, B_general = factors
     k, n, _ = A.shape
     m, s = B.shape[2], factors.s
     stop = k * m if stop is None else stop
-    delta = A.new_empty(stop - start, k * n)
+    delta = A.new_empty(stop - start, k * n) if out is None else out
     for i in range(start // m, -(-stop // m)):
         first, last = max(start, i * m), min(stop, (i + 1) * m)
         B_i = B[i, :, first - i * m : last - i * m].T

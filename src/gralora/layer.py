@@ -358,7 +358,7 @@ class Linear(GraloraLayer):
     def _applied_adapters(self) -> list[str]:
         if self._disable_adapters:
             return []
-        held = self._modules["gralora_A"]._modules
+        held = self.gralora_A._modules
         merged = self.merged_adapters if self._merges else ()
         return [name for name in self.active_adapters if name in held and name not in merged]
 
