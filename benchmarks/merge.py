@@ -10,7 +10,7 @@ import statistics
 import warnings
 
 import torch
-from common import LINEARS, adapt, device, interleaved, smollm2, table, timed, write
+from common import LINEARS, adapt, add_options, device, interleaved, smollm2, table, timed, write
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -86,7 +86,7 @@ def model_rows(r, k, rounds):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=8)
+    add_options(parser)
     rounds = parser.parse_args().rounds
     warnings.filterwarnings("ignore")
     rows = []

@@ -1,7 +1,6 @@
 import copy
 import pickle
 
-import bitsandbytes as bnb
 import oracle
 import pytest
 import torch
@@ -9,13 +8,11 @@ from conftest import MLP, assert_same_bits, mlp_config, randomise, tiny_llama, w
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from peft import LoraConfig
-from peft import get_peft_model as peft_get_peft_model
 from torch import nn
 
 from gralora import GraloraConfig, GraloraLayer, base_weight, get_peft_model
 from gralora.config import LayerSettings
-from gralora.layer import Linear, resolve_base
+from gralora.layer import Linear
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -288,154 +285,3 @@ TestSequences = pytest.mark.filterwarnings("ignore::UserWarning")(Sequences.Test
 TestSequences.settings = settings(
     deadline=None, max_examples=25, stateful_step_count=15, suppress_health_check=list(HealthCheck)
 )
-
-
-# Quantised bases ------------------------------------------------------------------------------------------------------
-
-
-def quantised(kind, n_in=64, n_out=64):
-    torch.manual_seed(0)
-    dense = nn.Linear(n_in, n_out, dtype=torch.float32)
-    if kind == "8bit":
-        layer = bnb.nn.Linear8bitLt(n_in, n_out, has_fp16_weights=False)
-    else:
-        quant_type, nested = kind.split()
-        layer = bnb.nn.Linear4bit(
-            n_in, n_out, compute_dtype=torch.float32, quant_type=quant_type, compress_statistics=nested == "nested"
-        )
-    layer.load_state_dict(dense.state_dict())
-    return dense, layer.to("cpu")
-
-
-KINDS = ["nf4 plain", "nf4 nested", "fp4 plain", "fp4 nested", "8bit"]
-quiet_int8 = pytest.mark.filterwarnings("ignore:MatMul8bitLt|Merge lora module:UserWarning")
-
-
-def adapted(base, lora=False, r=8):
-    holder = nn.ModuleDict({"layer": base})
-    if lora:
-        holder.is_loaded_in_4bit = isinstance(base, bnb.nn.Linear4bit)  # what LoRA goes by
-        holder.is_loaded_in_8bit = not holder.is_loaded_in_4bit
-        return peft_get_peft_model(holder, LoraConfig(r=r, target_modules=["layer"], init_lora_weights=False))
-    return get_peft_model(holder, GraloraConfig(r=r, target_modules=["layer"], init_weights=False, alpha=r))
-
-
-def packed_state(base):
-    weight = base.weight
-    state = getattr(weight, "quant_state", None)
-    tensors = {"data": weight.data.clone()}
-    if state is not None:
-        tensors |= {key: t.clone() for key, t in state.as_dict(packed=False).items() if isinstance(t, torch.Tensor)}
-    else:
-        scale = weight.SCB if weight.SCB is not None else base.state.SCB
-        tensors["SCB"] = scale.clone()
-    return tensors
-
-
-@quiet_int8
-@pytest.mark.parametrize("used", [False, True], ids=["fresh", "after inference"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_quantised_bases_merge_and_give_their_packed_bytes_back(kind, used):
-    _, base = quantised(kind)
-    model = adapted(base).train(not used)  # bitsandbytes repacks a weight when it is first used in eval mode
-    layer = model.base_model.model["layer"]
-    x = torch.randn(5, 64)
-    expected = layer(x)
-    weight, before = base.weight, packed_state(base)
-    for _ in range(3):
-        model.merge_adapter()
-        merged = layer(x)
-        assert (merged - expected).norm() < 0.2 * expected.norm()  # requantised to 4 bits
-        model.unmerge_adapter()
-        assert base is layer.base_layer
-        assert base.weight is weight
-        after = packed_state(base)
-        assert before.keys() == after.keys()
-        assert all(torch.equal(before[key], after[key]) for key in before)
-    torch.testing.assert_close(layer(x), expected)
-    model.to("cpu")
-    torch.testing.assert_close(layer(x), expected, atol=0.02, rtol=0.02)
-
-
-@quiet_int8
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_merged_quantised_layer_is_as_accurate_as_lora_s(kind):
-    errors = []
-    for lora in (False, True):
-        dense, base = quantised(kind)
-        model = adapted(base, lora).eval()
-        layer = model.base_model.model["layer"]
-        delta = layer.get_delta_weight("default")
-        scale = dense.weight.detach().abs().mean() / delta.detach().abs().mean()
-        layer.scaling["default"] *= scale.item()
-        exact = base_weight_of(base) + layer.get_delta_weight("default").detach()
-        model.merge_adapter()
-        merged = base_weight_of(layer.get_base_layer())
-        errors.append(float((merged - exact).norm() / exact.norm()))
-    ours, theirs = errors
-    assert ours < 1.2 * theirs
-
-
-def base_weight_of(base):
-    """The dense weight of a quantised layer, read off its outputs on the unit vectors."""
-    base.train()
-    columns = base(torch.eye(base.in_features)) - (0 if base.bias is None else base.bias)
-    return columns.detach().float().T
-
-
-@quiet_int8
-@pytest.mark.parametrize("kind", ["nf4 nested", "8bit"])
-def test_quantised_train_save_reload(kind, tmp_path):
-    from peft import PeftModel
-
-    _, base = quantised(kind)
-    model = adapted(base)
-    x, target = torch.randn(32, 64), torch.randn(32, 64)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(20):
-        loss = (model.base_model.model["layer"](x) - target).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]
-    expected = model.eval().base_model.model["layer"](x)
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(nn.ModuleDict({"layer": quantised(kind)[1]}), tmp_path)
-    torch.testing.assert_close(loaded.base_model.model["layer"](x), expected, atol=0.02, rtol=0.02)
-
-
-class ForwardOnly(nn.Linear):
-    """Stands for a kernel format that can't be read."""
-
-
-def test_a_base_that_cannot_be_written_trains_serves_and_refuses_to_merge(monkeypatch):
-    from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
-
-    import gralora.layer as room
-
-    monkeypatch.setattr(
-        room,
-        "resolve_quantization_backend",
-        lambda module, **_: ForwardOnlyQuantizationBackend("gptq") if isinstance(module, ForwardOnly) else None,
-    )
-    base = MLP()
-    base.down = ForwardOnly(24, 6)
-    with pytest.warns(UserWarning, match="1 adapted layers can't be merged, because of each gptq weights"):
-        model = get_peft_model(base, mlp_config())
-    model(torch.randn(3, 12)).sum().backward()
-    before = weights_of(model)
-    with pytest.raises(RuntimeError, match=r"Nothing was merged: 'down' can't be, because gptq.*16 or 32 bits"):
-        model.merge_adapter()
-    assert_same_bits(before, weights_of(model))
-
-
-def test_torchao_without_its_recipe_is_forward_only(monkeypatch):
-    import gralora.layer as room
-
-    def refuse(module, **_):
-        raise ValueError("'get_apply_tensor_subclass' was not provided")
-
-    monkeypatch.setattr(room, "resolve_quantization_backend", refuse)
-    assert resolve_base(nn.Linear(2, 2)).supports_merge is False
