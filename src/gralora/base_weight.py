@@ -16,6 +16,8 @@ from jaxtyping import Float, UInt8
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from gralora import blocks
 
@@ -34,6 +36,11 @@ class Part(NamedTuple):
     factors: blocks.Factors
     scale: float
 
+    @classmethod
+    def gathered(cls, factors: blocks.Factors, scale: float) -> "Part":
+        """Return a part with whole factors, where FSDP2 has sharded them; every process must come here then."""
+        return cls(blocks.Factors(*(f.full_tensor() if isinstance(f, DTensor) else f for f in factors)), scale)
+
 
 def obstacle_to_merging(base: nn.Module, backend: QuantizationBackend | None) -> str | None:
     """Return why the weight of `base` can't be read and rewritten, or None where it can."""
@@ -44,6 +51,17 @@ def obstacle_to_merging(base: nn.Module, backend: QuantizationBackend | None) ->
         return f"its base, {type(base).__name__}, holds no plain `weight` parameter"
     if not weight.is_floating_point() or weight.dtype.itemsize == 1:
         return f"its base weight is of type {weight.dtype}"
+    return None
+
+
+def absence(base: nn.Module) -> str | None:
+    """Return why the weight of `base` is not here as a whole at the moment, or None where it is."""
+    weight = getattr(base, "weight", None)
+    if isinstance(weight, nn.Parameter) and weight.is_floating_point() and weight.dim() != 2:
+        return (
+            f"only a shard of its base weight is here, of shape {tuple(weight.shape)}. Merge and unmerge inside FSDP's "
+            "`summon_full_params` or DeepSpeed's `GatheredParameters`."
+        )
     return None
 
 
@@ -114,12 +132,12 @@ def merge(layer: BaseTunerLayer, names: list[str], parts: list[Part], safe: bool
         else:
             way_back = DenseRecord.start(names, weight, parts, layer.fan_in_fan_out)
             whole = _add_updates(weight, merged, parts, layer.fan_in_fan_out, way_back)
-            record = way_back if whole else CopyRecord(names, weight.detach().clone())
+            record = way_back if whole else CopyRecord(names, _local(weight).clone())
         _check_finite(merged, names, safe)
         if layer.base_is_shared:
             base.weight = nn.Parameter(merged, requires_grad=weight.requires_grad)
         else:
-            weight.copy_(merged)
+            _local(weight).copy_(_local(merged))
         return record
 
 
@@ -131,20 +149,20 @@ def _add_updates(
     Returns:
         Whether `way_back` is whole. False where it would be as large as the weight itself.
     """
-    rows, merged_rows = _rows(weight.detach(), fan_in_fan_out), _rows(merged, fan_in_fan_out)
+    window, merged_rows = _window(weight, fan_in_fan_out), _window(merged, fan_in_fan_out).rows
     kept = parts if way_back is None else way_back.parts
     same = kept[0].factors.A.dtype == parts[0].factors.A.dtype
     # What an undo will compute again should be the very same products, of tensors that lie in memory alike.
     parts = kept if same else parts
-    scratch, whole = _Scratch(rows, parts), False
-    for start, stop in _chunks(rows):
-        original, chunk = rows[start:stop], merged_rows[start:stop]
+    scratch, whole = _Scratch(window, parts), False
+    for start, stop in _chunks(window.rows):
+        original, chunk = window.rows[start:stop], merged_rows[start:stop]
         update = scratch.delta(parts, start, stop)
         chunk.copy_(scratch.sum(original, update))
         if way_back is not None and (whole or start == 0):
             kept_update = update if same else scratch.delta(kept, start, stop)
             way_back.note(original, scratch.unrounded(chunk, kept_update))
-            whole = way_back.nbytes < weight.nbytes
+            whole = way_back.nbytes < window.rows.nbytes
     return whole
 
 
@@ -209,7 +227,7 @@ class CopyRecord(MergeRecord):
     def undo(self, layer: BaseTunerLayer) -> None:
         """Copy the original back."""
         with torch.no_grad():
-            layer.get_base_layer().weight.copy_(self.original)
+            _local(layer.get_base_layer().weight).copy_(self.original)
 
     def portable(self, weight: Tensor) -> tuple[MergeRecord, Tensor | None]:
         """Return this record and its copy."""
@@ -232,7 +250,7 @@ class DenseRecord(MergeRecord):
         """Return a record without corrections, which `note` adds chunk by chunk."""
         factors = sum(tensor.nbytes for part in parts for tensor in part.factors if tensor is not None)
         # Rounded factors cost more corrections and products, and are worth it where the factors are large.
-        dtype = weight.dtype if factors > _LARGE_FACTORS * weight.nbytes else parts[0].factors.A.dtype
+        dtype = weight.dtype if factors > _LARGE_FACTORS * _local(weight).nbytes else parts[0].factors.A.dtype
         kept = [Part(blocks.Factors(*map(_clone, part.factors.to(dtype))), part.scale) for part in parts]
         return cls(names, kept, [], [], [], torch.get_num_threads(), fan_in_fan_out)
 
@@ -259,21 +277,21 @@ class DenseRecord(MergeRecord):
             RuntimeError: A chunk does not come out as it was, so that the weights or this record must
                 have been changed from outside.
         """
-        weight = layer.get_base_layer().weight
-        rows = _rows(weight.detach(), self.fan_in_fan_out)
-        for (start, stop), original in zip(_chunks(rows), self._originals(rows), strict=True):
-            rows[start:stop] = original
+        window = _window(layer.get_base_layer().weight, self.fan_in_fan_out)
+        for (start, stop), original in zip(_chunks(window.rows), self._originals(window), strict=True):
+            window.rows[start:stop] = original
 
     def portable(self, weight: Tensor) -> tuple[MergeRecord, Tensor | None]:
         """Return a copy record, since another machine's products may round differently."""
-        rows = _rows(weight.detach(), self.fan_in_fan_out)
-        original = torch.empty_like(weight)
-        for (start, stop), chunk in zip(_chunks(rows), self._originals(rows), strict=True):
-            _rows(original, self.fan_in_fan_out)[start:stop] = chunk
-        return CopyRecord(self.adapter_names, original), original
+        window = _window(weight, self.fan_in_fan_out)
+        original = torch.empty_like(weight.detach())
+        original_rows = _window(original, self.fan_in_fan_out).rows
+        for (start, stop), chunk in zip(_chunks(window.rows), self._originals(window), strict=True):
+            original_rows[start:stop] = chunk
+        return CopyRecord(self.adapter_names, _local(original)), original
 
-    def _originals(self, rows: Tensor) -> Iterator[Tensor]:
-        scratch = _Scratch(rows, self.parts)
+    def _originals(self, window: "_Window") -> Iterator[Tensor]:
+        rows, scratch = window.rows, _Scratch(window, self.parts)
         for number, (start, stop) in enumerate(_chunks(rows)):
             # The number of threads may change the order of a sum, the machine's own choice not: pin it.
             for threads in (self.threads, 1):
@@ -291,20 +309,44 @@ class DenseRecord(MergeRecord):
             yield original
 
 
+class _Window(NamedTuple):
+    """What this process holds of a weight, as `[out, in]`, a view: all of it, or under FSDP2 a shard."""
+
+    rows: Tensor
+    first_row: int
+    first_column: int
+
+
+def _window(weight: Tensor, fan_in_fan_out: bool) -> _Window:
+    first = (0, 0)
+    if isinstance(weight, DTensor):
+        _, first = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+    local = _local(weight)
+    return _Window(local.T, first[1], first[0]) if fan_in_fan_out else _Window(local, *first)
+
+
+def _local(weight: Tensor) -> Tensor:
+    weight = weight.detach()
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
 class _Scratch:
     """Memory for one chunk, used again for every chunk: fresh pages cost more than the products."""
 
-    def __init__(self, rows: Tensor, parts: list[Part]) -> None:
-        factors = parts[0].factors
+    def __init__(self, window: _Window, parts: list[Part]) -> None:
+        factors, rows = parts[0].factors, window.rows
         self.dtype = delta_dtype(rows.dtype, factors.A.dtype)
+        self.window = window
         shape = (min(rows.shape[0], _chunk_height(rows)), rows.shape[1])
-        self._delta = torch.empty(shape, dtype=self.dtype, device=factors.A.device)
+        self._delta = torch.empty(shape[0], factors.in_features, dtype=self.dtype, device=factors.A.device)
         self._sum = torch.empty(shape, dtype=self.dtype, device=rows.device)
         self._rounded = torch.empty(shape, dtype=rows.dtype, device=rows.device)
 
     def delta(self, parts: list[Part], start: int, stop: int) -> Tensor:
-        """Return the update's rows on the device of the weight."""
-        return delta(parts, self.dtype, start, stop, out=self._delta[: stop - start]).to(self._sum.device)
+        """Return rows of the update, as wide as the window and on its device."""
+        first_row, first_column = self.window.first_row, self.window.first_column
+        whole = delta(parts, self.dtype, first_row + start, first_row + stop, out=self._delta[: stop - start])
+        return whole[:, first_column : first_column + self._sum.shape[1]].to(self._sum.device)
 
     def sum(self, original: Tensor, update: Tensor) -> Tensor:
         """Return `original + update` before it is rounded."""
@@ -317,16 +359,21 @@ class _Scratch:
 
 
 def _check_finite(merged: Tensor, names: list[str], safe: bool) -> None:
-    if safe and not torch.isfinite(merged).all():
+    if not safe:
+        return
+    finite = torch.isfinite(_local(merged)).all()
+    if isinstance(merged, DTensor):  # every process must come to the same verdict
+        for dimension in range(merged.device_mesh.ndim):
+            verdict = finite.to(torch.uint8)
+            torch.distributed.all_reduce(
+                verdict, torch.distributed.ReduceOp.MIN, merged.device_mesh.get_group(dimension)
+            )
+            finite = verdict
+    if not finite:
         raise ValueError(
             f"the merged weight must be finite; merging {', '.join(map(repr, names))} gives non-finite values. "
             "Nothing was merged."
         )
-
-
-def _rows(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
-    """Return `weight` as `[out, in]`, a view."""
-    return weight.T if fan_in_fan_out else weight
 
 
 def _chunk_height(rows: Tensor) -> int:

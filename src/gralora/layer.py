@@ -184,7 +184,7 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
         return delta.T if self.fan_in_fan_out else delta
 
     def _part(self, adapter_name: str) -> base_weight.Part:
-        return base_weight.Part(self.factors(adapter_name), self.scaling[adapter_name])
+        return base_weight.Part.gathered(self.factors(adapter_name), self.scaling[adapter_name])
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -199,6 +199,13 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
     def obstacle_to_merging(self) -> str | None:
         """Return why the base weight can't be merged into, or None where it can."""
         return base_weight.obstacle_to_merging(self.get_base_layer(), self.quantization_backend)
+
+    def refusal_to_merge(self) -> str | None:
+        """Return why no merge is possible at the moment, and the way out; None where one is."""
+        if obstacle := self.obstacle_to_merging():
+            way_out = "The adapter trains and serves unmerged; to merge, load the base model in 16 or 32 bits."
+            return f"{obstacle}. {way_out}"
+        return None if self.quantization_backend else base_weight.absence(self.get_base_layer())
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, keep_base: bool = True) -> None:
         """Fold adapters into the base weight, all of them or none.
@@ -215,11 +222,8 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.gralora_A]
         if not names:
             return
-        if obstacle := self.obstacle_to_merging():
-            raise RuntimeError(
-                f"this layer can't be merged: {obstacle}. The adapter trains and serves unmerged; "
-                "to merge, load the base model in 16 or 32 bits."
-            )
+        if refusal := self.refusal_to_merge():
+            raise RuntimeError(f"this layer can't be merged: {refusal}")
         parts = [self._part(name) for name in names]
         record = base_weight.merge(self, names, parts, safe=safe_merge, keep=keep_base)
         if keep_base:

@@ -123,11 +123,8 @@ class GraloraModel(BaseTuner):
         layers = {name: m for name, m in self.model.named_modules() if isinstance(m, GraloraLayer)}
         done: list[tuple[GraloraLayer, int]] = []
         for name, layer in layers.items():
-            if obstacle := layer.obstacle_to_merging():
-                raise RuntimeError(
-                    f"Nothing was merged: {name!r} can't be, because {obstacle}. The adapter trains and serves "
-                    "unmerged; to merge, load the base model in 16 or 32 bits."
-                )
+            if refusal := layer.refusal_to_merge():
+                raise RuntimeError(f"Nothing was merged: {name!r} can't be, because {refusal}")
             if safe_merge and not keep_base:
                 _check_finite_update(name, layer, adapter_names)
         for name, layer in layers.items():
