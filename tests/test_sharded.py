@@ -135,9 +135,9 @@ def test_a_sharded_model_trains_merges_and_unmerges(way, tied, tmp_path):
     paths = [str(here), *([str(DEEPSPEED)] if way == "zero3" else []), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "DS_ACCELERATOR": "cpu"}
     (tmp_path / "script.py").write_text(SCRIPT)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "script.py"]
-        + [way, "tied" if tied else "untied"],
+        [*launch, tmp_path / "script.py", way, "tied" if tied else "untied"],
         env=environment,
         capture_output=True,
         text=True,
