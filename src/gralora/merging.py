@@ -1,7 +1,8 @@
 """Merging an adapter into its base model on disk: a plain transformers model comes out."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,11 +104,24 @@ def merge_to_folder(
     report = MergeReport(output, len(layers), model.dtype, quantised and not options.requantize)
     samples = _merge_layers(layers, names, options.requantize, report, on_layer)
     plain = tuned.base_model.unload_merged(names)
-    with appearing(output) as folder:
+    with appearing(output) as folder, _config_last(plain, folder):
         plain.save_pretrained(folder)
         _save_tokenizer(folder, adapters[0], base.location)
         _compare(folder, samples, report)
     return report
+
+
+@contextmanager
+def _config_last(model: Any, folder: Path) -> Iterator[None]:
+    """Write `config.json` when all else is written: a folder that a killed run leaves is then no model to anybody."""
+    config = model.config
+    kind = type(config)
+    config.__class__ = type(kind.__name__, (kind,), {"save_pretrained": lambda *args, **kwargs: None})
+    try:
+        yield
+    finally:
+        config.__class__ = kind
+    config.save_pretrained(folder)
 
 
 def _checked_weights(options: MergeOptions) -> tuple[float, ...]:
