@@ -69,7 +69,7 @@ def appearing(output: Path) -> Iterator[Path]:
                 old.rename(output)
             raise
     finally:
-        shutil.rmtree(workshop, ignore_errors=True)
+        _discard(workshop)
         if not output.exists():
             with suppress(OSError):  # somebody else put something there
                 for parent in new_parents:
@@ -85,7 +85,14 @@ def mend(output: Path) -> None:
         old = workshop / f"{output.name}.old"
         if old.exists() and not output.exists():
             old.rename(output)
-        shutil.rmtree(workshop, ignore_errors=True)
+        _discard(workshop)
+
+
+def _discard(workshop: Path) -> None:
+    """Remove a workshop, the configs first: what a kill leaves of it is then no model and no adapter to anybody."""
+    for config in workshop.glob("*/*config.json"):
+        config.unlink(missing_ok=True)
+    shutil.rmtree(workshop, ignore_errors=True)
 
 
 def _is_running(process: int) -> bool:
