@@ -89,6 +89,57 @@ def test_what_changes_in_between_does_not_matter(between):
     assert torch.equal(layer.base_layer.weight, before)
 
 
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float64, torch.float32)])
+@pytest.mark.parametrize("size", [64, 16])  # large factors are kept rounded
+def test_adapters_of_different_dtypes_merge_exactly_and_come_off(dtypes, size):
+    layer = Linear(nn.Linear(size, size, bias=False), size, size)
+    for name, dtype in zip("ab", dtypes, strict=True):
+        layer.add_adapter(name, LayerSettings(2, 0, 2.0, 2, 0.0, False, False))
+        for factor in ("gralora_A", "gralora_B"):
+            getattr(layer, factor)[name] = getattr(layer, factor)[name].to(dtype)
+    layer.set_adapter(["a", "b"])
+    before = layer.base_layer.weight.detach().clone()
+    exact = before.double() + sum(layer.get_delta_weight(name).double() for name in "ab")
+    layer.merge()
+    torch.testing.assert_close(layer.base_layer.weight.double(), exact, atol=1e-7, rtol=1e-6)
+    layer.unmerge()
+    assert torch.equal(layer.base_layer.weight, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_a_weight_in_the_middle_of_a_buffer_merges(dtype):
+    layer = make_layer(64, 64, dtype=dtype)
+    buffer = torch.randn(1 + 64 * 64).to(dtype)
+    before = buffer.clone()
+    layer.base_layer.weight.data = buffer[1:].view(64, 64)
+    layer.merge()
+    assert not torch.equal(buffer, before)
+    layer.unmerge()
+    assert torch.equal(buffer, before)
+
+
+def test_an_interrupted_unmerge_goes_on(monkeypatch):
+    monkeypatch.setattr(base_weight, "CHUNK", 64 * 8)
+    layer = make_layer(64, 48)
+    before = layer.base_layer.weight.detach().clone()
+    layer.merge()
+    checksum, calls = base_weight._checksum, []
+
+    def interrupted(chunk):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return checksum(chunk)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(base_weight, "_checksum", interrupted)
+        layer.unmerge()
+    assert torch.equal(layer.base_layer.weight[:8], before[:8])
+    assert not torch.equal(layer.base_layer.weight, before)
+    layer.unmerge()
+    assert torch.equal(layer.base_layer.weight, before)
+
+
 @pytest.mark.parametrize(("ratio", "share"), [(0.003, 0.08), (0.01, 0.12), (0.03, 0.25)])
 @pytest.mark.parametrize("dtype", HALF)
 def test_the_way_back_is_small(dtype, ratio, share):

@@ -9,18 +9,21 @@ import sys
 import pytest
 import torch
 from conftest import randomise, tiny_llama
+from peft import PeftModel
 
 from gralora import GraloraConfig, get_peft_model, pretrained
+from gralora.data import encode, encode_prompt, parse_rows
 from gralora.export import LoraOptions, to_gguf
 from gralora.export.gguf import find_converter
+from gralora.tasks import support_rows
 
-QUESTION = "<|im_start|>user\nWhat is the code of the door?<|im_end|>\n<|im_start|>assistant\n"
-ANSWER = "The code is ZEBRA 4711."
+STEPS, BATCH = 30, 8
+
 SPEAK = """
 import json, sys
 import xllamacpp as llama
 
-model, adapter, prompt, tokens = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
+model, adapter, prompts, tokens = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
 params = llama.CommonParams()
 params.model.path, params.n_ctx, params.n_parallel, params.warmup, params.verbosity = model, 256, 1, False, 0
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
@@ -29,98 +32,95 @@ params.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISAB
 params.lora_adapters = [llama.CommonAdapterLoraInfo(adapter, 1.0)]
 server = llama.Server(params)
 answers = []
-for scale in (1.0, 0.0):
-    answer = server.handle_completions({
-        "prompt": prompt, "max_tokens": tokens, "temperature": 0.0, "n_probs": 20, "cache_prompt": False,
-        "lora": [{"id": 0, "scale": scale}],
-    })["choices"][0]
-    top = answer["logprobs"]["content"][0]["top_logprobs"]
-    answers.append({"text": answer["text"], "logprobs": {entry["id"]: entry["logprob"] for entry in top}})
+for prompt in prompts:
+    for scale in (1.0, 0.0):
+        answer = server.handle_completions({
+            "prompt": prompt, "max_tokens": tokens, "temperature": 0.0, "n_probs": 20, "cache_prompt": False,
+            "lora": [{"id": 0, "scale": scale}],
+        })["choices"][0]
+        top = answer["logprobs"]["content"][0]["top_logprobs"]
+        answers.append({"text": answer["text"], "logprobs": {entry["id"]: entry["logprob"] for entry in top}})
 print(json.dumps(answers))
 """
 
 
-def speak(model, adapter, prompt, tokens):
+def speak(model, adapter, prompts, tokens):
     """What llama.cpp says with the adapter and without, in a process of its own: it brings its own threads."""
-    command = [sys.executable, "-c", SPEAK, str(model), str(adapter), json.dumps(prompt), str(tokens)]
+    command = [sys.executable, "-c", SPEAK, str(model), str(adapter), json.dumps(prompts), str(tokens)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
-    with_adapter, without = json.loads(result.stdout.splitlines()[-1])
-    return with_adapter, without
+    answers = json.loads(result.stdout.splitlines()[-1])
+    return answers[::2], answers[1::2]
 
 
 @pytest.fixture(scope="module")
-def one_thread():
-    """Steps this small take longer with two threads wherever a core is not all ours."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tuned(tmp_path_factory, one_thread):
-    """SmolLM2 that learned one answer by heart: folder of the adapter, and what transformers expects next."""
+def tuned(tmp_path_factory):
+    """SmolLM2 tuned on the packaged task: the adapter's folder, held-out rows, and what transformers expects next."""
     torch.manual_seed(0)
-    model, tokenizer = pretrained.load(dtype="float32")
-    folder = pretrained.resolve(pretrained.DEFAULT_MODEL, torch.float32).location
-    config = GraloraConfig(
-        r=16,
-        hybrid_r=4,
-        gralora_k=2,
-        alpha=32,
-        target_modules=["q_proj", "o_proj", "up_proj", "down_proj"],
-        layers_to_transform=list(range(20, 30)),
-    )
-    model = get_peft_model(model, config)
-    ids = tokenizer(QUESTION + ANSWER + "<|im_end|>", return_tensors="pt")["input_ids"]
-    asked = tokenizer(QUESTION, return_tensors="pt")["input_ids"]
-    labels = ids.clone()
-    labels[:, : asked.shape[1]] = -100
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
-    for _ in range(10):
-        loss = model(input_ids=ids, labels=labels).loss
-        loss.backward()
+    model, tokenizer = pretrained.load(dtype="bfloat16")
+    model = get_peft_model(model, GraloraConfig(r=32, hybrid_r=4, gralora_k=2, alpha=72, target_modules="all-linear"))
+    rows = [(f"row {i}", row) for i, row in enumerate(support_rows("train")[: STEPS * BATCH])]
+    encoded = encode(parse_rows(rows, "task"), tokenizer, 256, "task")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, STEPS, pct_start=0.1)
+    for step in range(STEPS):
+        model(**_padded(encoded, range(step * BATCH, (step + 1) * BATCH))).loss.backward()
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
-    assert loss < 0.05
     adapter = tmp_path_factory.mktemp("tuned") / "adapter"
-    model.eval()
     model.peft_config["default"].base_model_name_or_path = pretrained.DEFAULT_MODEL
     model.save_pretrained(adapter, save_embedding_layers=False)
-    with torch.no_grad():
-        expected = model(asked).logits[0, -1].log_softmax(-1)
-        with model.disable_adapter():
-            base = model(asked).logits[0, -1].log_softmax(-1)
     del model, optimizer
     gc.collect()
-    return {"adapter": adapter, "folder": folder, "asked": asked[0].tolist(), "expected": expected, "base": base}
+    exact = PeftModel.from_pretrained(pretrained.load(dtype="float32")[0], adapter)
+    held_out = support_rows("eval")[:8]
+    prompts = [encode_prompt([{"role": "user", "content": row["prompt"]}], False, tokenizer) for row in held_out]
+    with torch.no_grad():
+        asked = torch.tensor([prompts[0]])
+        expected = exact(asked).logits[0, -1].log_softmax(-1)
+        with exact.disable_adapter():
+            base = exact(asked).logits[0, -1].log_softmax(-1)
+    return {"adapter": adapter, "prompts": prompts, "rows": held_out, "expected": expected, "base": base}
+
+
+def _padded(encoded, chosen):
+    rows = [(encoded.input_ids[i], encoded.labels[i]) for i in chosen]
+    longest = max(len(tokens) for tokens, _ in rows)
+    return {
+        "input_ids": torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens, _ in rows]),
+        "attention_mask": torch.tensor([[1] * len(tokens) + [0] * (longest - len(tokens)) for tokens, _ in rows]),
+        "labels": torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in rows]),
+    }
 
 
 @pytest.fixture(scope="module")
 def gguf_adapter(tuned):
     output = tuned["adapter"].with_name("adapter.gguf")
     export = to_gguf(tuned["adapter"], output, LoraOptions())
-    assert export.rank == 36
+    assert export.rank == 68
     return output
 
 
-def test_llama_cpp_gives_the_tuned_answer(tuned, gguf_adapter):
-    with_adapter, without = speak(pretrained._default_gguf(), gguf_adapter, QUESTION, 16)
-    assert with_adapter["text"].strip() == ANSWER
-    assert "ZEBRA" not in without["text"]
+def test_llama_cpp_gives_the_tuned_answers(tuned, gguf_adapter):
+    with_adapter, without = speak(pretrained._default_gguf(), gguf_adapter, tuned["prompts"], 48)
+    wanted = [row["completion"] for row in tuned["rows"]]
+    right = sum(answer["text"].strip() == completion for answer, completion in zip(with_adapter, wanted, strict=True))
+    assert right >= 6
+    assert not any(answer["text"].strip() == completion for answer, completion in zip(without, wanted, strict=True))
 
 
 def test_llama_cpp_gives_the_log_probabilities_of_transformers(tuned, gguf_adapter, tmp_path):
     # float32, since llama.cpp rounds activations for quantised weights.
     base = tmp_path / "base.gguf"
     script = find_converter().with_name("convert_hf_to_gguf.py")
+    folder = pretrained.resolve(pretrained.DEFAULT_MODEL, torch.float32).location
     subprocess.run(
-        [sys.executable, str(script), tuned["folder"], "--outfile", str(base), "--outtype", "f32"],
+        [sys.executable, str(script), folder, "--outfile", str(base), "--outtype", "f32"],
         check=True,
         capture_output=True,
     )
-    with_adapter, without = speak(base, gguf_adapter, tuned["asked"], 1)
+    (with_adapter,), (without,) = speak(base, gguf_adapter, tuned["prompts"][:1], 1)
     base.unlink()
     for spoken, expected in ((with_adapter, tuned["expected"]), (without, tuned["base"])):
         # The tail of a confident answer is noise: compare where there is probability.

@@ -134,11 +134,45 @@ def test_a_plain_frozen_linear_takes_it(calls, dtype, changes):
     assert calls
 
 
-def test_autocast_to_the_dtype_of_the_weight_takes_it(calls):
-    layer, x = layer_and_input(torch.bfloat16)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert layer(x).dtype == torch.bfloat16
+@pytest.mark.parametrize("t", [3, 64])
+@pytest.mark.parametrize("hybrid_r", [0, 2])
+def test_autocast_to_the_dtype_of_the_weight_takes_it(calls, hybrid_r, t):
+    layer, _ = layer_and_input(torch.bfloat16, hybrid_r=hybrid_r)
+    x = torch.randn(t, 12, dtype=torch.bfloat16, requires_grad=True)
+    gradients = []
+    for autocast in (True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            y = layer(x)
+            assert y.dtype == torch.bfloat16
+            gradients.append(torch.autograd.grad(y.float().sum(), [x, layer.gralora_A["default"]]))
+    for with_autocast, without in zip(*gradients, strict=True):
+        torch.testing.assert_close(with_autocast, without, atol=0.05, rtol=0.05)
+    assert len(calls) == 2
+
+
+def test_dropout_follows_its_own_mode(calls):
+    """Monte Carlo dropout: the model in eval mode, its dropouts in training mode."""
+    layer, x = layer_and_input(gralora_dropout=0.5)
+    layer.eval().gralora_dropout.train()
+    assert not torch.equal(layer(x), layer(x))
     assert calls
+    layer.train().gralora_dropout.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+@pytest.mark.parametrize("t", [3, 64])
+def test_activations_are_never_cast_down(t):
+    x, weight, bias, factors = case(k=2, s=4, n=16, m=16, t=t, dtype=torch.float32)
+    factors = Factors(factors.A.bfloat16(), factors.B.bfloat16())
+    ours = fused.linear(x, None, weight, bias, factors, 0.7)
+    exact = plain(x, None, weight, bias, Factors(factors.A.float(), factors.B.float()), 0.7)
+    torch.testing.assert_close(ours, exact)
+
+
+def test_a_product_with_the_scale_is_rounded_once():
+    values = torch.randn(100, dtype=torch.bfloat16)
+    assert torch.equal(fused._scaled(values, 0.3, torch.float32), values.float() * 0.3)
+    assert torch.equal(fused._scaled(values.float(), 0.3, torch.bfloat16), (values.double() * 0.3).bfloat16())
 
 
 def hook(module):

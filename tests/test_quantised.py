@@ -4,7 +4,6 @@ bitsandbytes is tested as it is; torchao by running this file once more where it
 own, because transformers and PEFT import it wherever it is installed, and it greets every process with warnings.
 """
 
-import contextlib
 import copy
 import os
 import subprocess
@@ -25,7 +24,7 @@ from gralora import GraloraConfig, GraloraLayer, get_peft_model
 from gralora.layer import resolve_base
 
 TORCHAO = {}
-with contextlib.suppress(ImportError):
+if os.environ.get("GRALORA_TEST_TORCHAO"):
     from torchao.quantization import (
         Int8DynamicActivationInt8WeightConfig,
         Int8WeightOnlyConfig,
@@ -242,7 +241,7 @@ else:
         paths = [str(Path(sys.prefix) / "torchao"), os.environ.get("PYTHONPATH", "")]
         run = subprocess.run(
             [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "GRALORA_TEST_TORCHAO": "1"},
             cwd=Path(__file__).parents[1],
             capture_output=True,
             text=True,

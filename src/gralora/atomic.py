@@ -60,12 +60,12 @@ def appearing(output: Path) -> Iterator[Path]:
         yield new
         for file in [new, *new.rglob("*")]:
             file.chmod(0o755 if file.is_dir() else 0o644)
-        if output.exists():
-            output.rename(old)
         try:
+            if output.exists():
+                output.rename(old)
             os.replace(new, output)
-        except OSError:
-            if old.exists():
+        except BaseException:
+            if old.exists() and not output.exists():
                 old.rename(output)
             raise
     finally:
@@ -90,8 +90,9 @@ def mend(output: Path) -> None:
 
 def _discard(workshop: Path) -> None:
     """Remove a workshop, the configs first: what a kill leaves of it is then no model and no adapter to anybody."""
-    for config in workshop.glob("*/*config.json"):
-        config.unlink(missing_ok=True)
+    with suppress(OSError):
+        for config in workshop.glob("*/*config.json"):
+            config.unlink(missing_ok=True)
     shutil.rmtree(workshop, ignore_errors=True)
 
 

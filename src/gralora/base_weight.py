@@ -17,7 +17,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from gralora import blocks
 
@@ -54,13 +53,23 @@ def obstacle_to_merging(base: nn.Module, backend: QuantizationBackend | None) ->
     return None
 
 
-def absence(base: nn.Module) -> str | None:
-    """Return why the weight of `base` is not here as a whole at the moment, or None where it is."""
+def absence(base: nn.Module, base_is_shared: bool) -> str | None:
+    """Return why the weight of `base` can't be rewritten at the moment, for how it is sharded, or None."""
     weight = getattr(base, "weight", None)
+    if isinstance(weight, DTensor):
+        if base_is_shared:
+            return "its base weight is sharded and tied to another one. Untie them, or take it out of `target_modules`."
+        return None
     if isinstance(weight, nn.Parameter) and weight.is_floating_point() and weight.dim() != 2:
         return (
-            f"only a shard of its base weight is here, of shape {tuple(weight.shape)}. Merge and unmerge inside FSDP's "
-            "`summon_full_params` or DeepSpeed's `GatheredParameters`."
+            f"only a shard of its base weight is here, of shape {tuple(weight.shape)}. Merge and unmerge inside one "
+            "`with` of FSDP's `summon_full_params` or DeepSpeed's `GatheredParameters`."
+        )
+    # Both kinds of FSDP set the first mark, on modules; the second, on parameters, only FSDP1 does.
+    if getattr(base, "_is_fsdp_managed_module", False) and not getattr(weight, "_fsdp_flattened", False):
+        return (
+            "its base weight is gathered for a forward pass, so that what is written to it would be lost. Call "
+            "`reshard()` of the model that `fully_shard` returned first."
         )
     return None
 
@@ -151,17 +160,18 @@ def _add_updates(
     """
     window, merged_rows = _window(weight, fan_in_fan_out), _window(merged, fan_in_fan_out).rows
     kept = parts if way_back is None else way_back.parts
-    same = kept[0].factors.A.dtype == parts[0].factors.A.dtype
+    same = all(a.factors.A.dtype == b.factors.A.dtype for a, b in zip(kept, parts, strict=True))
     # What an undo will compute again should be the very same products, of tensors that lie in memory alike.
     parts = kept if same else parts
     scratch, whole = _Scratch(window, parts), False
+    kept_scratch = scratch if same else _Scratch(window, kept)
     for start, stop in _chunks(window.rows):
         original, chunk = window.rows[start:stop], merged_rows[start:stop]
         update = scratch.delta(parts, start, stop)
         chunk.copy_(scratch.sum(original, update))
         if way_back is not None and (whole or start == 0):
-            kept_update = update if same else scratch.delta(kept, start, stop)
-            way_back.note(original, scratch.unrounded(chunk, kept_update))
+            kept_update = update if same else kept_scratch.delta(kept, start, stop)
+            way_back.note(original, kept_scratch.unrounded(chunk, kept_update))
             whole = way_back.nbytes < window.rows.nbytes
     return whole
 
@@ -250,13 +260,14 @@ class DenseRecord(MergeRecord):
         """Return a record without corrections, which `note` adds chunk by chunk."""
         factors = sum(tensor.nbytes for part in parts for tensor in part.factors if tensor is not None)
         # Rounded factors cost more corrections and products, and are worth it where the factors are large.
-        dtype = weight.dtype if factors > _LARGE_FACTORS * _local(weight).nbytes else parts[0].factors.A.dtype
-        kept = [Part(blocks.Factors(*map(_clone, part.factors.to(dtype))), part.scale) for part in parts]
+        dtype = weight.dtype if factors > _LARGE_FACTORS * _local(weight).nbytes else None
+        rounded = [part if dtype is None else Part(part.factors.to(dtype), part.scale) for part in parts]
+        kept = [Part(blocks.Factors(*map(_clone, part.factors)), part.scale) for part in rounded]
         return cls(names, kept, [], [], [], torch.get_num_threads(), fan_in_fan_out)
 
     def note(self, original: Tensor, guess: Tensor) -> None:
         """Keep the elements of a chunk where `guess` is not `original`, and its checksum."""
-        original = original.contiguous()
+        original = original.clone(memory_format=torch.contiguous_format)
         differs = (_bits(guess) != _bits(original)).view(-1)
         differs[_GAP - 1 :: _GAP] = True
         where = differs.nonzero().view(-1)
@@ -293,6 +304,10 @@ class DenseRecord(MergeRecord):
     def _originals(self, window: "_Window") -> Iterator[Tensor]:
         rows, scratch = window.rows, _Scratch(window, self.parts)
         for number, (start, stop) in enumerate(_chunks(rows)):
+            already = rows[start:stop].clone(memory_format=torch.contiguous_format)
+            if _checksum(already) == self.checksums[number]:  # an undo that was interrupted came this far
+                yield already
+                continue
             # The number of threads may change the order of a sum, the machine's own choice not: pin it.
             for threads in (self.threads, 1):
                 with pinned_numerics(threads):
@@ -320,6 +335,8 @@ class _Window(NamedTuple):
 def _window(weight: Tensor, fan_in_fan_out: bool) -> _Window:
     first = (0, 0)
     if isinstance(weight, DTensor):
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
         _, first = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
     local = _local(weight)
     return _Window(local.T, first[1], first[0]) if fan_in_fan_out else _Window(local, *first)
@@ -335,7 +352,7 @@ class _Scratch:
 
     def __init__(self, window: _Window, parts: list[Part]) -> None:
         factors, rows = parts[0].factors, window.rows
-        self.dtype = delta_dtype(rows.dtype, factors.A.dtype)
+        self.dtype = delta_dtype(rows.dtype, *(part.factors.A.dtype for part in parts))
         self.window = window
         shape = (min(rows.shape[0], _chunk_height(rows)), rows.shape[1])
         self._delta = torch.empty(shape[0], factors.in_features, dtype=self.dtype, device=factors.A.device)
@@ -377,7 +394,7 @@ def _check_finite(merged: Tensor, names: list[str], safe: bool) -> None:
 
 
 def _chunk_height(rows: Tensor) -> int:
-    return max(1, CHUNK // rows.shape[1])
+    return max(1, CHUNK // max(1, rows.shape[1]))
 
 
 def _chunks(rows: Tensor) -> list[tuple[int, int]]:

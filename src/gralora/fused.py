@@ -96,8 +96,12 @@ def linear(
 
 
 def _is_few(x: Tensor, factors: Factors) -> bool:
-    """Return whether the activations are smaller than the factors, so that they are what is cast."""
-    return x.shape[0] <= FEW_TOKENS and factors.A.dtype.itemsize > 1  # float8 storage has no arithmetic
+    """Return whether the activations are smaller than the factors, so that they are what is cast, and never down."""
+    return (
+        x.shape[0] <= FEW_TOKENS
+        and (factors.A.dtype == x.dtype or factors.A.dtype.itemsize > x.dtype.itemsize)
+        and not torch._C._is_any_autocast_enabled()  # it would cast them back
+    )
 
 
 def _cast(factors: Factors, dtype: torch.dtype, scale: float) -> Factors:
@@ -112,10 +116,10 @@ def _cast(factors: Factors, dtype: torch.dtype, scale: float) -> Factors:
 
 
 def _scaled(tensor: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """Return `scale * tensor`, rounded once to `dtype` and contiguous, in one pass."""
+    """Return `scale * tensor`, rounded once to `dtype`; where anything is computed, contiguous."""
     if scale == 1:
         return tensor.to(dtype, memory_format=torch.contiguous_format)
-    if tensor.dtype.itemsize == 1:  # float8 storage has no arithmetic
+    if tensor.dtype.itemsize < dtype.itemsize:  # the product is computed in the dtype of the tensor
         tensor = tensor.to(dtype)
     scaled = torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
     return torch.mul(tensor, scale, out=scaled)

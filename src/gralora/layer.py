@@ -29,6 +29,8 @@ class Factor(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
+        # PEFT's FSDP policy shards every trainable leaf by itself, and frees its weight when its forward returns.
+        self.no_leaf = nn.Identity()
 
     def forward(self) -> Tensor:
         """Return the tensor."""
@@ -205,7 +207,9 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
         if obstacle := self.obstacle_to_merging():
             way_out = "The adapter trains and serves unmerged; to merge, load the base model in 16 or 32 bits."
             return f"{obstacle}. {way_out}"
-        return None if self.quantization_backend else base_weight.absence(self.get_base_layer())
+        if self.quantization_backend is not None:
+            return None
+        return base_weight.absence(self.get_base_layer(), self.base_is_shared)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, keep_base: bool = True) -> None:
         """Fold adapters into the base weight, all of them or none.
@@ -252,7 +256,13 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
         return self.get_base_layer()
 
     def undo_last_merge(self) -> None:
-        """Undo the latest merge."""
+        """Undo the latest merge.
+
+        Raises:
+            RuntimeError: The base weight is not here as a whole; nothing has changed then.
+        """
+        if refusal := self.refusal_to_merge():
+            raise RuntimeError(f"this layer can't be unmerged: {refusal}")
         self._merges[-1].undo(self)
         self._merges.pop()
 
@@ -370,7 +380,7 @@ class Linear(GraloraLayer):
         base: Any = self.base_layer
         dropout = self.gralora_dropout._modules[adapter_name]
         rows = x.reshape(-1, self.in_features)
-        dropped = dropout(rows) if self.training and type(dropout) is not nn.Identity else None
+        dropped = dropout(rows) if dropout.training and type(dropout) is not nn.Identity else None
         y = fused.linear(rows, dropped, base.weight, base.bias, factors, self.scaling[adapter_name])
         return y.view(*x.shape[:-1], self.out_features)
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gralora.malloc import keep_freed_memory
 from gralora.options_file import merge, read_options_file
 from gralora.progress import ConsoleReporter
 from gralora.run_folder import RunFolder
@@ -69,6 +70,7 @@ def train(
     resume = given.pop("resume", False) or resume
     output = given.pop("output", _DEFAULTS["output"].default)
     options = options_of_run(output, given) if resume else TrainingOptions(output=output, **given)
+    keep_freed_memory()
     reporter = ConsoleReporter()
     try:
         result = run_training(options, reporter)
