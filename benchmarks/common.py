@@ -118,11 +118,23 @@ def _processor() -> str:
 def write(name: str, rows: list[dict]) -> None:
     """Write the rows as JSON, named by benchmark and device."""
     RESULTS.mkdir(exist_ok=True)
-    allocator = "" if KEEPS_FREED_MEMORY or device() == "cuda" else "-default_allocator"
-    path = RESULTS / f"{name}-{device()}{allocator}.json"
+    path = _path(name)
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     path.write_text(f'{{"environment": {json.dumps(environment())},\n"rows": [\n{lines}\n]}}\n')
     print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+
+
+def read(name: str) -> list[dict]:
+    """The rows that were written before on the same kind of device, with the same versions."""
+    written = json.loads(_path(name).read_text())
+    if written["environment"] != environment():
+        raise SystemExit(f"{_path(name)} was measured elsewhere: {written['environment']}")
+    return written["rows"]
+
+
+def _path(name: str) -> Path:
+    allocator = "" if KEEPS_FREED_MEMORY or device() == "cuda" else "-default_allocator"
+    return RESULTS / f"{name}-{device()}{allocator}.json"
 
 
 def table(header: list[str], rows: list[list[object]]) -> None:

@@ -11,6 +11,7 @@ import argparse
 import json
 import platform
 import time
+from pathlib import Path
 
 import peft
 import torch
@@ -122,7 +123,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="two layers of SmolLM2 instead of thirty")
-    parser.add_argument("--json", default="benchmarks/export.json")
+    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results/export-cpu.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -144,9 +145,7 @@ def main():
         "versions": {"torch": torch.__version__, "peft": peft.__version__, "gralora": gralora.__version__},
         "rows": rows,
     }
-    with open(arguments.json, "w") as file:
-        json.dump(written, file, indent=2)
-        file.write("\n")
+    arguments.json.write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """How long does one adapted linear layer take, forward, and forward and backward?
 
-python benchmarks/layer.py [--rounds 8] [--quick]
+Everything takes about 40 minutes on two cores. `--again` measures one shape and dtype and replaces these cells in the
+results: for when something else ran on the machine.
+
+    python benchmarks/layer.py [--rounds 8] [--quick] [--again 2048 2048 float32]
 """
 
 import argparse
 
 import torch
-from common import CONTESTANTS, adapt, add_options, device, interleaved, table, write
+from common import CONTESTANTS, adapt, add_options, device, interleaved, read, table, write
 from torch import nn
 
 SHAPES = [(576, 1536), (1536, 576), (2048, 2048), (4096, 4096), (4096, 11008)]
@@ -63,12 +66,17 @@ def main():
     parser = argparse.ArgumentParser()
     add_options(parser)
     parser.add_argument("--quick", action="store_true", help="the shapes of the summary only")
+    parser.add_argument("--again", nargs=3, metavar=("IN", "OUT", "DTYPE"), help="replace these cells only")
     options = parser.parse_args()
     shapes = [(576, 1536), (2048, 2048), (4096, 4096)] if options.quick else SHAPES
     ranks = RANKS[:2] if options.quick else RANKS
     tokens = [1, 512] if options.quick else TOKENS
-    rows = []
-    for dtype in DTYPES:
+    rows, dtypes, kept = [], DTYPES, []
+    if options.again:
+        n_in, n_out, dtype = int(options.again[0]), int(options.again[1]), options.again[2]
+        shapes, dtypes = [(n_in, n_out)], [getattr(torch, dtype)]
+        kept = [row for row in read("layer") if (row["shape"], row["dtype"]) != (f"{n_in}→{n_out}", dtype)]
+    for dtype in dtypes:
         for n_in, n_out in shapes:
             for t in tokens:
                 for r, k in ranks:
@@ -101,7 +109,7 @@ def main():
         ],
         lines,
     )
-    write("layer", rows)
+    write("layer", kept + rows)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def main():
     for dtype in (torch.bfloat16, torch.float32):
         rows += layer_rows(4096, 128, 4, dtype, rounds)
         rows += layer_rows(2048, 64, 4, dtype, rounds)
-    rows += model_rows(32, 2, max(2, rounds // 4))
+    rows += model_rows(32, 2, max(4, rounds // 2))
     lines = []
     for row in rows:
         theirs = row["times"]["PEFT GraLoRA"]["min"]

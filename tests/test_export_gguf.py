@@ -17,7 +17,7 @@ from gralora.export import LoraOptions, to_gguf
 from gralora.export.gguf import find_converter
 from gralora.tasks import support_rows
 
-STEPS, BATCH = 30, 8
+STEPS, BATCH = 24, 8
 
 SPEAK = """
 import json, sys

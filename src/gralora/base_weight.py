@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from gralora import blocks
 
 # Elements of a weight that are worked on at a time; what a merge or an unmerge allocates beside its result.
-CHUNK = 1 << 22
+CHUNK = 1 << 20
 # A correction is forced every so many elements, so that each gap between two fits a byte.
 _GAP = 255
 # Share of the weight's bytes above which a record keeps its factors in the dtype of the weight.
@@ -164,7 +164,7 @@ def _add_updates(
     # What an undo will compute again should be the very same products, of tensors that lie in memory alike.
     parts = kept if same else parts
     scratch, whole = _Scratch(window, parts), False
-    kept_scratch = scratch if same else _Scratch(window, kept)
+    kept_scratch = scratch if _sum_dtype(window, kept) == scratch.dtype else _Scratch(window, kept)
     for start, stop in _chunks(window.rows):
         original, chunk = window.rows[start:stop], merged_rows[start:stop]
         update = scratch.delta(parts, start, stop)
@@ -347,12 +347,16 @@ def _local(weight: Tensor) -> Tensor:
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
+def _sum_dtype(window: _Window, parts: list[Part]) -> torch.dtype:
+    return delta_dtype(window.rows.dtype, *(part.factors.A.dtype for part in parts))
+
+
 class _Scratch:
     """Memory for one chunk, used again for every chunk: fresh pages cost more than the products."""
 
     def __init__(self, window: _Window, parts: list[Part]) -> None:
         factors, rows = parts[0].factors, window.rows
-        self.dtype = delta_dtype(rows.dtype, *(part.factors.A.dtype for part in parts))
+        self.dtype = _sum_dtype(window, parts)
         self.window = window
         shape = (min(rows.shape[0], _chunk_height(rows)), rows.shape[1])
         self._delta = torch.empty(shape[0], factors.in_features, dtype=self.dtype, device=factors.A.device)
