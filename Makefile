@@ -20,7 +20,8 @@ check: $(STAMP) ## what CI runs: format, lint, types, tests, the README's snippe
 	$(BIN)/python -m pytest
 
 bench: $(STAMP) ## measure speed and memory, and write benchmarks/results
-	for script in memory train_step layer merge way_back export drift; do $(BIN)/python benchmarks/$$script.py; done
+	for run in memory.py train_step.py "train_step.py --default-allocator" layer.py "merge.py --default-allocator" \
+		way_back.py export.py drift.py loss_curve.py; do $(BIN)/python benchmarks/$$run; done
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -4,7 +4,7 @@ The packaged task, SmolLM2-135M in bfloat16, adapters on all linear layers, floa
 same rows, once here, where activations stay bfloat16, and once in PEFT's GraLoRA, which casts them to float32 for the
 adapter; and here with other seeds, for the noise that a seed makes.
 
-    python benchmarks/loss_curve.py [--steps 200 --batch 4 --seeds 3]
+    python benchmarks/loss_curve.py [--steps 200 --batch 2 --seeds 2]
 """
 
 import argparse
@@ -71,8 +71,8 @@ def curve(kind, seed, rows, steps, batch):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=2)
     options = parser.parse_args()
     tokenizer = pretrained.load()[1]
     items = [(f"row {i}", row) for i, row in enumerate(support_rows("train"))]

@@ -9,8 +9,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 def keep_freed_memory() -> bool:
     """Make this process keep the memory that it frees, as torch's own allocator does on a GPU.
 
-    glibc gives large blocks back to the system at once and fetches them again page by page: on a CPU a
-    sixth of a training step goes there. The process stays as large as it ever was.
+    glibc gives large blocks back to the system at once and fetches them again page by page: on a CPU up to
+    a sixth of a training step goes there. The process stays as large as it ever was.
 
     Returns:
         Whether the allocator took it; one that is not glibc's is left alone.
