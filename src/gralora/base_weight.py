@@ -163,13 +163,13 @@ def _add_updates(
     same = all(a.factors.A.dtype == b.factors.A.dtype for a, b in zip(kept, parts, strict=True))
     # What an undo will compute again should be the very same products, of tensors that lie in memory alike.
     parts = kept if same else parts
-    scratch, whole = _Scratch(window, parts), False
+    scratch, whole = _Scratch(window, parts), way_back is not None
     kept_scratch = scratch if _sum_dtype(window, kept) == scratch.dtype else _Scratch(window, kept)
     for start, stop in _chunks(window.rows):
         original, chunk = window.rows[start:stop], merged_rows[start:stop]
         update = scratch.delta(parts, start, stop)
         chunk.copy_(scratch.sum(original, update))
-        if way_back is not None and (whole or start == 0):
+        if way_back is not None and whole:
             kept_update = update if same else kept_scratch.delta(kept, start, stop)
             way_back.note(original, kept_scratch.unrounded(chunk, kept_update))
             whole = way_back.nbytes < window.rows.nbytes
@@ -382,14 +382,11 @@ class _Scratch:
 def _check_finite(merged: Tensor, names: list[str], safe: bool) -> None:
     if not safe:
         return
-    finite = torch.isfinite(_local(merged)).all()
+    finite = torch.isfinite(_local(merged)).all().to(torch.uint8)
     if isinstance(merged, DTensor):  # every process must come to the same verdict
         for dimension in range(merged.device_mesh.ndim):
-            verdict = finite.to(torch.uint8)
-            torch.distributed.all_reduce(
-                verdict, torch.distributed.ReduceOp.MIN, merged.device_mesh.get_group(dimension)
-            )
-            finite = verdict
+            group = merged.device_mesh.get_group(dimension)
+            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN, group)
     if not finite:
         raise ValueError(
             f"the merged weight must be finite; merging {', '.join(map(repr, names))} gives non-finite values. "
