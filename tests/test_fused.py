@@ -1,15 +1,19 @@
 import copy
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from conftest import MLP, mlp_config, tiny_llama
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from gralora import GraloraConfig, fused, get_peft_model
 from gralora.blocks import Factors, add
+from gralora.config import LayerSettings
+from gralora.layer import Linear
 
 
 def case(k=2, s=2, n=3, m=4, q=0, t=5, dtype=torch.float64, master=None):
@@ -100,15 +104,6 @@ def test_gradients_are_made_only_where_they_are_wanted():
     first.sum().backward()
     assert factors.B.grad is not None
     assert factors.A.grad is x.grad is None
-
-
-def test_a_second_derivative_is_refused():
-    x, weight, bias, factors = case()
-    factors = Factors(factors.A.requires_grad_(), factors.B.requires_grad_())
-    y = fused.linear(x.requires_grad_(), None, weight, bias, factors, 0.7)
-    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
 
 
 # Where it is used, and where it is not --------------------------------------------------------------------------------
@@ -202,6 +197,8 @@ NOT_THE_SAME = {
     "spectral norm": lambda layer: parametrizations.spectral_norm(layer.base_layer.eval()),
     "another subclass": lambda layer: setattr(layer.base_layer, "__class__", type("Other", (nn.Linear,), {})),
     "two adapters of which none is active": lambda layer: layer.set_adapter([]),
+    "a compiled base": lambda layer: layer.base_layer.compile(backend="eager"),
+    "a trained A and a frozen B": lambda layer: layer.gralora_B["default"].requires_grad_(False),
 }
 
 
@@ -211,6 +208,75 @@ def test_everything_else_takes_the_plain_path(calls, change):
     change(layer)
     layer(x)
     assert not calls
+
+
+PATCHED = [(nn.Linear, "forward"), (nn.Linear, "__call__"), (nn.Module, "__call__"), (nn.Module, "_call_impl")]
+
+
+@pytest.mark.parametrize(("owner", "name"), [*PATCHED, (nn.functional, "linear")])
+def test_a_patch_of_a_class_takes_the_plain_path_and_is_heard(calls, owner, name, monkeypatch):
+    layer, x = layer_and_input()
+    original, heard = getattr(owner, name), []
+    monkeypatch.setattr(owner, name, lambda *args, **kwargs: heard.append(1) or original(*args, **kwargs))
+    layer.forward(x)
+    assert heard and not calls
+    assert owner is nn.functional or not fused._torchs_own()  # patched before gralora is imported
+
+
+@pytest.mark.parametrize("t", [3, 64])
+@pytest.mark.parametrize("mutation", [False, True], ids=["", "mutation allowed"])
+@pytest.mark.parametrize("saved", ["mm", "addmm", "bmm", "all"])
+def test_selective_checkpointing(saved, mutation, t):
+    """No output that a policy has saved is added to in place."""
+    layer = get_peft_model(MLP(), mlp_config(hybrid_r=2)).base_model.model
+    wanted = [p for p in layer.parameters() if p.requires_grad]
+    x = torch.randn(t, 12, requires_grad=True)
+
+    def policy(ctx, op, *args, **kwargs):
+        keep = saved == "all" or op in (getattr(torch.ops.aten, saved).default,)
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = partial(create_selective_checkpoint_contexts, policy, allow_cache_entry_mutation=mutation)
+    y = checkpoint(layer, x, use_reentrant=False, context_fn=contexts)
+    gradients = torch.autograd.grad(y.square().sum(), [x, *wanted])
+    torch.testing.assert_close(gradients, torch.autograd.grad(layer(x).square().sum(), [x, *wanted]))
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
+@pytest.mark.parametrize("t", [3, 64])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_autocast_leaves_wide_numbers_alone(dtype, t):
+    base = nn.Linear(6, 4, dtype=dtype).requires_grad_(False)
+    layer = Linear(base, 6, 4)
+    layer.add_adapter("default", LayerSettings(4, 2, 3.0, 2, 0.0, False, False))
+    layer.set_adapter("default")
+    x = torch.randn(t, 6, dtype=dtype)
+    for watched in (False, True):
+        if watched:
+            hook(base)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = layer(x)
+        torch.testing.assert_close(y, plain(x, None, base.weight, base.bias, layer.factors("default"), 0.5))
+
+
+@pytest.mark.parametrize("t", [3, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_backward_pass_under_autocast(dtype, t):
+    layer, _ = layer_and_input(dtype, hybrid_r=2)
+    x = torch.randn(t, 12, dtype=dtype, requires_grad=True)
+    wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    y = layer(x)
+    g = torch.randn_like(y)
+    expected = torch.autograd.grad(y, wanted, g, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(torch.autograd.grad(y, wanted, g), expected, atol=0, rtol=0)
+
+
+def test_the_meta_device():
+    layer = get_peft_model(MLP(), mlp_config()).base_model.model.to("meta")
+    assert layer(torch.empty(5, 12, device="meta")).shape == (5, 6)
+    hook(layer.up.base_layer)
+    assert layer(torch.empty(5, 12, device="meta")).shape == (5, 6)
 
 
 def test_what_the_holders_return_is_what_counts(calls):
@@ -275,6 +341,23 @@ def test_no_float32_copy_of_an_activation_is_saved(taken, changes):
         layer(x)
     assert saved
     assert not [t.shape for t in saved if t.dtype == torch.float32 and 64 in t.shape]
+
+
+@pytest.mark.parametrize("frozen", ["all", "A", "B"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("t", [20, 64])
+def test_what_is_frozen_saves_no_activation(t, dtype, frozen):
+    """x is kept for A, the middle tensor for B."""
+    layer, _ = layer_and_input(dtype, hybrid_r=2)
+    for name, p in layer.named_parameters():
+        p.requires_grad_("gralora_" in name and frozen != "all" and f"gralora_{frozen}" not in name)
+    x = torch.randn(t, 12, dtype=dtype, requires_grad=True)
+    shapes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda s: shapes.append(s.shape) or s, lambda s: s):
+        layer(x)
+    kept = {size for shape in shapes if t in shape for size in shape if size != t}
+    middle = {2, 3, 6}  # [k, t, r] and [t, hybrid_r]
+    assert {"all": not kept, "A": kept <= middle, "B": kept <= {3, 4, 12}}[frozen], kept
 
 
 # Compilers ------------------------------------------------------------------------------------------------------------

@@ -18,17 +18,17 @@ import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Inexact
 from torch import Tensor
 
 
 class Factors(NamedTuple):
-    """The tensors of one adapter on one layer, all of one dtype and on one device."""
+    """The tensors of one adapter on one layer, on one device."""
 
-    A: Float[Tensor, "k n r"]
-    B: Float[Tensor, "k r m"]
-    A_general: Float[Tensor, "hybrid_r in"] | None = None
-    B_general: Float[Tensor, "out hybrid_r"] | None = None
+    A: Inexact[Tensor, "k n r"]
+    B: Inexact[Tensor, "k r m"]
+    A_general: Inexact[Tensor, "hybrid_r in"] | None = None
+    B_general: Inexact[Tensor, "out hybrid_r"] | None = None
 
     @property
     def k(self) -> int:
@@ -60,6 +60,25 @@ class Factors(NamedTuple):
             None if B_general is None else B_general.to(device=device, dtype=dtype),
         )
 
+    def scaled(self, scale: float, dtype: torch.dtype, device: torch.device | None = None) -> "Factors":
+        """Return the same factors in `dtype`, the B's times `scale`, computed in the wider dtype and rounded once."""
+        A, B, A_general, B_general = self.to(self.widest(dtype), device)
+        return Factors(A, B * scale, A_general, None if B_general is None else B_general * scale).to(dtype)
+
+    def widest(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype that holds every value of `dtype` and of the factors."""
+        for factor in self:
+            if factor is not None and factor.dtype != dtype:
+                dtype = wider(dtype, factor.dtype)
+        return dtype
+
+
+def wider(first: torch.dtype, second: torch.dtype) -> torch.dtype:
+    """Return the dtype that holds every value of both. Of 8-bit floats torch itself promotes none."""
+    if first.itemsize == 1 or second.itemsize == 1:
+        return second if first.itemsize == 1 else first
+    return torch.promote_types(first, second)
+
 
 def initialise_(factors: Factors, identity: bool) -> None:
     """Fill `factors` in place with the starting values.
@@ -84,7 +103,7 @@ def initialise_(factors: Factors, identity: bool) -> None:
                 b.uniform_(-1 / math.sqrt(fan_in_b), 1 / math.sqrt(fan_in_b))
 
 
-def exchange(h: Float[Tensor, "k t r"]) -> Float[Tensor, "k t r"]:
+def exchange(h: Inexact[Tensor, "k t r"]) -> Inexact[Tensor, "k t r"]:
     """Swap the block index with the block inside the rank: `[j, t, (i s)]` becomes `[i, t, (j s)]`.
 
     Its own inverse. This is the only place where a block of the input meets another block of the output.
@@ -94,8 +113,8 @@ def exchange(h: Float[Tensor, "k t r"]) -> Float[Tensor, "k t r"]:
 
 
 def add(
-    result: Float[Tensor, "t out"], x: Float[Tensor, "t in"], factors: Factors, scale: float
-) -> Float[Tensor, "t out"]:
+    result: Inexact[Tensor, "t out"], x: Inexact[Tensor, "t in"], factors: Factors, scale: float
+) -> Inexact[Tensor, "t out"]:
     """Return `result + update(x)`; `result` is not changed.
 
     Args:
@@ -114,7 +133,7 @@ def add(
     return result
 
 
-def apply(x: Float[Tensor, "*lead in"], factors: Factors, scale: float) -> Float[Tensor, "*lead out"]:
+def apply(x: Inexact[Tensor, "*lead in"], factors: Factors, scale: float) -> Inexact[Tensor, "*lead out"]:
     """Return the update alone, for any number of leading dimensions, none included.
 
     Raises:

@@ -390,15 +390,18 @@ class Linear(GraloraLayer):
             return torch.nested.as_nested_tensor(
                 [self._add_update(*part, adapter_name, factors) for part in parts], layout=result.layout
             )
-        # Small tensors follow the big ones: the factors go to the compute dtype, never x up to theirs.
+        # Small tensors follow the big ones: the factors go to the compute dtype, x goes up to theirs in float16 alone.
         dtype = fused.compute_dtype(x)
-        factors = factors.to(dtype, x.device)
+        if dtype == torch.float16:
+            dtype = factors.widest(dtype)
+        factors = factors.scaled(self.scaling[adapter_name], dtype, x.device)
         x = self.gralora_dropout[adapter_name](x).reshape(-1, self.in_features).to(dtype)
         rows = result.reshape(-1, self.out_features)
-        if result.dtype == dtype:
-            updated = blocks.add(rows, x, factors, self.scaling[adapter_name])
-        else:
-            updated = rows + blocks.apply(x, factors, self.scaling[adapter_name]).to(result.dtype)
+        with fused.without_autocast(x):
+            if result.dtype == dtype:
+                updated = blocks.add(rows, x, factors, 1.0)
+            else:
+                updated = (rows + blocks.apply(x, factors, 1.0)).to(result.dtype)
         return updated.view(result.shape)
 
 
