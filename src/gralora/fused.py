@@ -164,23 +164,24 @@ def _scaled(tensor: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 def _forward(
     x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, scale: float
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the output and the two middle tensors, `[k, t, r]` exchanged and `[t, hybrid_r]`."""
+) -> tuple[Tensor, Factors, Tensor, Tensor | None]:
+    """Return the output, the factors of its products, the middle tensors: `[k, t, r]`, exchanged; `[t, hybrid_r]`."""
     y = F.linear(x, weight, bias)
     dtype = _dtype_apart(x, factors)
     if dtype is not None:
-        update, middle, middle_general = _update(dropped.to(dtype), _cast(factors, dtype))
-        return y.add_(update, alpha=scale), middle, middle_general
-    A, B, A_general, B_general = _scale_on_b(factors, scale, x.dtype)
+        factors = _cast(factors, dtype)
+        update, middle, middle_general = _update(dropped.to(dtype), factors)
+        return y.add_(update, alpha=scale), factors, middle, middle_general
+    A, B, A_general, B_general = factors = _scale_on_b(factors, scale, x.dtype)
     k = A.shape[0]
     middle = exchange(torch.bmm(_by_block(dropped, k), A))
     for y_i, middle_i, B_i in zip(y.chunk(k, 1), middle.unbind(), B.unbind(), strict=True):
         y_i.addmm_(middle_i, B_i)
     if A_general is None or B_general is None:
-        return y, middle, None
+        return y, factors, middle, None
     middle_general = dropped @ A_general.T
     y.addmm_(middle_general, B_general.T)
-    return y, middle, middle_general
+    return y, factors, middle, middle_general
 
 
 def _update(x: Tensor, factors: Factors) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -214,23 +215,26 @@ class _Linear(torch.autograd.Function):
         B_general: Tensor | None,
         scale: float,
     ) -> Tensor:
-        factors = Factors(A, B, A_general, B_general)
+        stored = Factors(A, B, A_general, B_general)
         adapter_input = x if dropped is None else dropped
-        y, *middles = _forward(x, adapter_input, weight, bias, factors, scale)
-        ctx.scale, ctx.dtype_apart = scale, _dtype_apart(x, factors)
+        y, factors, *middles = _forward(x, adapter_input, weight, bias, stored, scale)
+        ctx.scale, ctx.dtype_apart = scale, _dtype_apart(x, stored)
         # The factors as they are stored cost nothing, and a second derivative reaches them.
         for_factors = (adapter_input, *middles) if any(ctx.needs_input_grad[4:8]) else (None, None, None)
-        ctx.save_for_backward(weight, *factors, *for_factors)
+        ctx.save_for_backward(weight, *stored, *factors, *for_factors)
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        weight, A, B, A_general, B_general, *saved = ctx.saved_tensors
+        weight, *saved = ctx.saved_tensors
+        stored, factors, for_factors = Factors(*saved[:4]), Factors(*saved[4:8]), saved[8:]
         batched = torch._C._functorch.is_legacy_batchedtensor(g)  # of `is_grads_batched`
-        plain = not (torch.is_grad_enabled() or batched or _is_transformed())
-        gradients = _gradients if plain else _differentiable_gradients
         with without_autocast(g):
-            dx, d_dropped, *d_factors = gradients(ctx, g, weight, Factors(A, B, A_general, B_general), *saved)
+            if torch.is_grad_enabled() or batched or _is_transformed():
+                gradients = _differentiable_gradients(ctx, g, weight, stored, for_factors[0])
+            else:
+                gradients = _gradients(ctx, g, weight, stored, factors, *for_factors)
+        dx, d_dropped, *d_factors = gradients
         return dx, d_dropped, None, None, *d_factors, None
 
 
@@ -239,6 +243,7 @@ def _gradients(
     g: Tensor,
     weight: Tensor,
     stored: Factors,
+    factors: Factors,
     x: Tensor | None,
     middle: Tensor | None,
     middle_general: Tensor | None,
@@ -247,11 +252,9 @@ def _gradients(
     for_x, for_dropped, _, _, for_a, for_b, for_a_general, for_b_general, _ = ctx.needs_input_grad
     dx = g @ weight if for_x else None
     d_dropped = g.new_zeros(g.shape[0], weight.shape[1]) if for_dropped else dx
-    if ctx.dtype_apart is None:
-        A, B, A_general, B_general = _scale_on_b(stored, ctx.scale, g.dtype)
-        scale_of_b = ctx.scale
-    else:  # neither B nor the middle tensors carry the scale: g does
-        A, B, A_general, B_general = _cast(stored, ctx.dtype_apart)
+    A, B, A_general, B_general = factors
+    scale_of_b = ctx.scale
+    if ctx.dtype_apart is not None:  # neither B nor the middle tensors carry the scale: g does
         g, scale_of_b = _scaled(g, ctx.scale, ctx.dtype_apart), 1.0
 
     # d_middle is the gradient of the product x·A, block by block, exchanged back.
@@ -274,7 +277,7 @@ def _gradients(
 
 
 def _differentiable_gradients(
-    ctx: Any, g: Tensor, weight: Tensor, stored: Factors, x: Tensor | None, *_: Tensor | None
+    ctx: Any, g: Tensor, weight: Tensor, stored: Factors, x: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """Return what `_gradients` does, by formulas that autograd can differentiate and transforms can batch."""
     for_x, for_dropped = ctx.needs_input_grad[:2]
