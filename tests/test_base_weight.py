@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import nn
 
-from gralora import GraloraConfig, GraloraLayer, base_weight, get_peft_model
+from gralora import GraloraConfig, GraloraLayer, base_weight, get_peft_model, merge_records, weight_rows
 from gralora.config import LayerSettings
 from gralora.layer import Linear
 
@@ -41,7 +41,7 @@ def test_any_size_of_update_comes_off_bit_for_bit(dtype, ratio, k, q, chunk):
     layer = make_layer(dtype=dtype, ratio=ratio, k=k, q=q)
     before = layer.base_layer.weight.detach().clone()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base_weight, "CHUNK", chunk * 64)
+        patch.setattr(weight_rows, "CHUNK", chunk * 64)
         layer.merge()
         layer.unmerge()
     assert torch.equal(layer.base_layer.weight, before)
@@ -65,7 +65,7 @@ def test_what_changes_in_between_does_not_matter(between):
     layer = make_layer(256, 192, ratio=0.1, r=32)
     before = layer.base_layer.weight.detach().clone()
     layer.merge()
-    assert isinstance(layer._merges[0], base_weight.DenseRecord)
+    assert isinstance(layer._merges[0], merge_records.DenseRecord)
     threads = torch.get_num_threads()
     try:
         if between == "threads":
@@ -116,28 +116,6 @@ def test_a_weight_in_the_middle_of_a_buffer_merges(dtype):
     assert not torch.equal(buffer, before)
     layer.unmerge()
     assert torch.equal(buffer, before)
-
-
-def test_an_interrupted_unmerge_goes_on(monkeypatch):
-    monkeypatch.setattr(base_weight, "CHUNK", 64 * 8)
-    layer = make_layer(64, 48)
-    before = layer.base_layer.weight.detach().clone()
-    layer.merge()
-    checksum, calls = base_weight._checksum, []
-
-    def interrupted(chunk):
-        calls.append(1)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return checksum(chunk)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(base_weight, "_checksum", interrupted)
-        layer.unmerge()
-    assert torch.equal(layer.base_layer.weight[:8], before[:8])
-    assert not torch.equal(layer.base_layer.weight, before)
-    layer.unmerge()
-    assert torch.equal(layer.base_layer.weight, before)
 
 
 @pytest.mark.parametrize(("ratio", "share"), [(0.003, 0.08), (0.01, 0.12), (0.03, 0.25)])
@@ -208,7 +186,7 @@ def test_a_merge_that_fails_at_any_layer_happens_in_none(monkeypatch, failing, e
     model = randomise(get_peft_model(tiny_llama().bfloat16(), GraloraConfig(r=8, target_modules=targets)))
     before, tree = weights_of(model), {name: id(m) for name, m in model.named_modules()}
     names = [name for name, m in model.base_model.model.named_modules() if isinstance(m, GraloraLayer)]
-    original, seen = base_weight.merge, []
+    original, seen = base_weight.prepare, []
 
     def merge(layer, *args, **kwargs):
         seen.append(layer)
@@ -216,7 +194,7 @@ def test_a_merge_that_fails_at_any_layer_happens_in_none(monkeypatch, failing, e
             raise error
         return original(layer, *args, **kwargs)
 
-    monkeypatch.setattr(base_weight, "merge", merge)
+    monkeypatch.setattr(base_weight, "prepare", merge)
     with pytest.raises(type(error)) as raised:
         getattr(model, verb)()
     assert names[failing] in str(raised.value) + "".join(getattr(raised.value, "__notes__", []))

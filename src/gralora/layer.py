@@ -1,6 +1,7 @@
 """The tuner layer: parameters, active adapters, dropout, dtype. The mathematics is in `blocks`."""
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,8 +16,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gralora import base_weight, blocks, fused
-from gralora.base_weight import MergeRecord
 from gralora.config import LayerSettings
+from gralora.dense_update import Part, delta, delta_dtype
+from gralora.merge_records import CHANGED, ForgottenRecord, MergeRecord, Place
+from gralora.numerics import pinned_numerics
+from gralora.quantised import PackedRecord, packed_weight
+from gralora.shared_weights import UNSHARED, Sharing, sharing_in
 
 
 class Factor(nn.Module):
@@ -105,7 +110,8 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.initial_scaling: dict[str, float] = {}
         self.cast_input_dtype_enabled = True  # set by PEFT and diffusers; x is never cast up, so nothing depends on it
-        self.base_is_shared = False  # another module holds the same weight; kept up to date by the model
+        self._sharing = UNSHARED  # as it was found last, for where there is no model to look at
+        self._model: weakref.ref[nn.Module] | None = None
         self._merges: list[MergeRecord] = []
         self._active_adapter = []
 
@@ -167,7 +173,7 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
         """
         return blocks.Factors(
             *(
-                holder if holder is None else holder() if call else holder._parameters["weight"]
+                holder if holder is None else holder() if call else holder.weight
                 for holder in self._holders(adapter_name)
             )
         )
@@ -180,13 +186,15 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
 
         Computed in float32 whatever the parameters are, in float64 for float64, outside autocast.
         """
-        with base_weight.pinned_numerics():
+        with pinned_numerics():
             part = self._part(adapter_name)
-            delta = base_weight.delta([part], base_weight.delta_dtype(part.factors.A.dtype))
-        return delta.T if self.fan_in_fan_out else delta
+            update = delta([part], delta_dtype(part.factors.A.dtype))
+        return update.T if self.fan_in_fan_out else update
 
-    def _part(self, adapter_name: str) -> base_weight.Part:
-        return base_weight.Part.gathered(self.factors(adapter_name), self.scaling[adapter_name])
+    def _part(self, adapter_name: str) -> Part:
+        # A hook that changes a factor changes it for a forward pass: a merge and a delta are to agree with that.
+        hooked = any(h and (h._forward_hooks or h._forward_pre_hooks) for h in self._holders(adapter_name))
+        return Part.gathered(self.factors(adapter_name, call=hooked), self.scaling[adapter_name])
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -202,45 +210,116 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
         """Return why the base weight can't be merged into, or None where it can."""
         return base_weight.obstacle_to_merging(self.get_base_layer(), self.quantization_backend)
 
-    def refusal_to_merge(self) -> str | None:
+    def refusal_to_merge(self, own_weights: bool = False) -> str | None:
         """Return why no merge is possible at the moment, and the way out; None where one is."""
         if obstacle := self.obstacle_to_merging():
             way_out = "The adapter trains and serves unmerged; to merge, load the base model in 16 or 32 bits."
             return f"{obstacle}. {way_out}"
-        if self.quantization_backend is not None:
-            return None
-        return base_weight.absence(self.get_base_layer(), self.base_is_shared)
+        base = self.get_base_layer()
+        return self._absence() or base_weight.separation_refusal(base, self._sharing, own_weights)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, keep_base: bool = True) -> None:
+    def refusal_to_unmerge(self) -> str | None:
+        """Return why the merges can't be undone, or None; costs one reading of the weight."""
+        if not self._merges:
+            return None
+        if absence := self._absence():
+            return f"this layer can't be unmerged: {absence}"
+        return self._merges[-1].obstacle(self, Place.now(self))
+
+    def _absence(self) -> str | None:
+        return None if self.quantization_backend is not None else base_weight.absence(self.get_base_layer())
+
+    def note_sharing(self, sharing: Sharing, model: nn.Module) -> None:
+        """Remember what others in `model` hold of the base."""
+        self._sharing, self._model = sharing, weakref.ref(model)
+
+    def merge(
+        self,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        keep_base: bool = True,
+        own_weights: bool = False,
+    ) -> None:
         """Fold adapters into the base weight, all of them or none.
 
         Args:
             safe_merge: Refuse a result that is not finite.
             adapter_names: Which; the active ones by default. Those merged already are skipped.
             keep_base: Keep what `unmerge` needs to give the base weight its bits back.
+            own_weights: Write to a new parameter, whoever holds the old one. By default that is done where another
+                part of the model does.
 
         Raises:
             ValueError: A non-finite result with `safe_merge`.
             RuntimeError: The base weight can't be read or rewritten.
         """
+        if self._disable_adapters:
+            warnings.warn("The adapters are disabled: nothing is merged. Enable them first.", stacklevel=2)
+            return
+        model = None if self._model is None else self._model()
+        if model is not None and not own_weights:
+            self._sharing = sharing_in(model, [self])[self]
+        self.merge_knowing_holders(safe_merge, adapter_names, keep_base, own_weights)
+
+    def merge_knowing_holders(
+        self, safe_merge: bool, adapter_names: list[str] | None, keep_base: bool = True, own_weights: bool = False
+    ) -> None:
+        """Do what `merge` does, enabled or not, where `note_sharing` was told just before."""
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.gralora_A]
         if not names:
             return
-        if refusal := self.refusal_to_merge():
+        if refusal := self.refusal_to_merge(own_weights):
             raise RuntimeError(f"this layer can't be merged: {refusal}")
         parts = [self._part(name) for name in names]
-        record = base_weight.merge(self, names, parts, safe=safe_merge, keep=keep_base)
-        if keep_base:
-            self._merges.append(record)
-        else:  # what was merged before can't be reached any more
-            self._merges = [base_weight.ForgottenRecord([*self.merged_adapters, *names])]
+        sharing = self._sharing._replace(weight=True) if own_weights else self._sharing
+        self._write_merge(*base_weight.prepare(self, names, parts, safe_merge, keep_base, sharing))
+
+    def _write_merge(self, record: MergeRecord, write: Callable[[], None]) -> None:
+        earlier = self._merges
+        final = isinstance(record, ForgottenRecord)
+        if final:  # what was merged before can't be reached any more
+            record.adapter_names = [*self.merged_adapters, *record.adapter_names]
+        # The record first, so that no moment has a merged weight and no way back.
+        try:
+            self._merges = [record] if final else [*earlier, record]
+            write()
+        except BaseException:
+            if not final:
+                self.undo_merges(len(earlier))
+            elif record.fingerprint(self, Place.now(self)) != record.after:
+                self._merges = earlier
+            raise
 
     def unmerge(self) -> None:
-        """Undo every merge; the base weight gets its bits back."""
+        """Undo every merge, or none; the base weight gets its bits back.
+
+        Raises:
+            RuntimeError: The base weight is not here as a whole, or was changed since; nothing has changed then.
+        """
         if not self._merges:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-        while self._merges:
-            self.undo_last_merge()
+        self.undo_merges()
+
+    def undo_merges(self, depth: int = 0) -> None:
+        """Undo all merges but the first `depth`, or none.
+
+        Raises:
+            RuntimeError: As in `unmerge`.
+        """
+        if len(self._merges) <= depth:
+            return
+        if absence := self._absence():
+            raise RuntimeError(f"this layer can't be unmerged: {absence}")
+        place = Place.now(self)
+        for record in reversed(self._merges[depth:]):
+            place = record.recover(self, place)
+        try:
+            place.put_back(self)
+            self._merges = self._merges[:depth]
+        except BaseException:  # an interrupt: the rest is two assignments
+            place.put_back(self)
+            self._merges = self._merges[:depth]
+            raise
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -250,21 +329,10 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
             wanted = self.active_adapters if adapter_names is None else adapter_names
             done = self.merged_adapters
             if missing := [name for name in wanted if name in self.gralora_A and name not in done]:
-                self.merge(safe_merge=safe_merge, adapter_names=missing)
+                self.merge_knowing_holders(safe_merge, missing)
         elif self.merged:
             self.unmerge()
         return self.get_base_layer()
-
-    def undo_last_merge(self) -> None:
-        """Undo the latest merge.
-
-        Raises:
-            RuntimeError: The base weight is not here as a whole; nothing has changed then.
-        """
-        if refusal := self.refusal_to_merge():
-            raise RuntimeError(f"this layer can't be unmerged: {refusal}")
-        self._merges[-1].undo(self)
-        self._merges.pop()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate adapters; a merged layer is unmerged first."""
@@ -315,26 +383,64 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Deepcopy and pickle: what undoes a merge must not depend on the machine that made it.
-        state = self.__dict__.copy()
-        weight, merges = getattr(self.get_base_layer(), "weight", None), []
+        state, merges = self.__dict__.copy(), []
+        if not any(isinstance(record, ForgottenRecord) for record in self._merges):
+            try:
+                for record, place, _ in self._history():
+                    merges.insert(0, record.portable(self, place))
+            except RuntimeError:  # somebody changed the weight: the copy is as merged as this
+                merges = [ForgottenRecord(self.merged_adapters, (), (), CHANGED)]
+            state["_merges"] = merges
+        return state | {"_model": None}
+
+    def _history(self) -> list[tuple[MergeRecord, Any, Any]]:
+        """Return every merge, the latest first, with the weight from before and after it."""
+        history, place = [], Place.now(self)
         for record in reversed(self._merges):
-            portable, weight = record.portable(weight)
-            merges.insert(0, portable)
-        return state | {"_merges": merges}
+            earlier = record.recover(self, place)
+            history.append((record, earlier, place))
+            place = earlier
+        return history
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GraloraLayer":
-        # `.to`, `.half`, `.cuda` on a merged layer: the record must not cross devices or dtypes.
-        if any(isinstance(record, base_weight.ForgottenRecord) for record in self._merges):
-            self._merges = [base_weight.ForgottenRecord(self.merged_adapters)]
-            super()._apply(fn, recurse)
-            return self
-        merges = [record.adapter_names for record in self._merges]
-        if merges:
-            self.unmerge()
+        # `.to`, `.half`, `.cuda` of a merged layer: both the merged weight and the one that comes back are converted.
+        if self._merges:
+            weight = packed_weight(self.get_base_layer())
+            with torch.no_grad():
+                probe = fn(torch.empty(0, dtype=weight.dtype, device=weight.device))
+            if (probe.dtype, probe.device) != (weight.dtype, weight.device):
+                self._convert_merged(fn, recurse, to_meta=probe.is_meta)
+                return self
         super()._apply(fn, recurse)
-        for names in merges:
-            self.merge(adapter_names=names)
         return self
+
+    def _convert_merged(self, fn: Callable[[Tensor], Tensor], recurse: bool, to_meta: bool) -> None:
+        kept = not to_meta and not any(isinstance(record, ForgottenRecord) for record in self._merges)
+        if kept and isinstance(self._merges[0], PackedRecord):
+            merges: list[Any] = self._merges
+            self.undo_merges()
+            super()._apply(fn, recurse)
+            for record in merges:
+                self._write_merge(*base_weight.prepare(self, record.adapter_names, record.parts, sharing=self._sharing))
+            return
+        history, merges = self._history() if kept else [], []
+        # What only the record holds is converted here; a parameter that other modules hold too, by them or here.
+        converted = [None if place.values is place.parameter else fn(place.values) for _, place, _ in history]
+        parameter = self.get_base_layer().weight
+        super()._apply(fn, recurse)
+        now = Place.now(self)
+        for (record, place, _), values in zip(history, converted, strict=True):
+            if place.parameter is parameter:
+                place = place._replace(parameter=now.parameter)
+            elif (place.parameter.dtype, place.parameter.device) != (now.values.dtype, now.values.device):
+                place.parameter.data = fn(place.parameter.data)
+            earlier = place._replace(values=place.parameter if values is None else values)
+            merges.insert(0, record.converted(self, earlier, now))
+            now = earlier
+        if not kept:
+            reason = "its weights were moved to the meta device" if to_meta else "its weights were converted since"
+            merges.append(ForgottenRecord(self.merged_adapters, (), (), reason))
+        self._merges = merges
 
 
 class Linear(GraloraLayer):

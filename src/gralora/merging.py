@@ -14,9 +14,10 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
-from gralora import base_weight, pretrained
+from gralora import pretrained
 from gralora.atomic import appearing, check_output
 from gralora.layer import GraloraLayer
+from gralora.quantised import dequantised
 
 _MODEL_MARKS = ("config.json",)
 _SAMPLES = 3
@@ -197,7 +198,7 @@ def _merge_layers(
         exact = _exact(layer, here) if requantize or name in sampled else None
         layer.merge(safe_merge=True, adapter_names=here, keep_base=False)
         if requantize and exact is not None:
-            error = base_weight.dequantised(layer).float() - exact
+            error = dequantised(layer).float() - exact
             report.requantisation[name] = float(error.norm() / exact.norm())
         elif exact is not None:
             samples[name] = exact
@@ -207,7 +208,7 @@ def _merge_layers(
 
 def _exact(layer: GraloraLayer, names: list[str]) -> Tensor:
     quantised = layer.quantization_backend is not None
-    weight = base_weight.dequantised(layer) if quantised else layer.get_base_layer().weight.detach()
+    weight = dequantised(layer) if quantised else layer.get_base_layer().weight.detach()
     total = weight.float()
     for name in names:
         total = total + layer.get_delta_weight(name)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from gralora.config import ALL_LINEAR, GraloraConfig
 from gralora.layer import GraloraLayer, Linear, resolve_base
+from gralora.shared_weights import sharing_in
 
 # Modules whose caller reads their weight instead of calling them, by transformers' `model_type`: an
 # adapter there would train and do nothing.
@@ -101,49 +102,108 @@ class GraloraModel(BaseTuner):
         _announce_unmergeable(target for target in targets if not isinstance(target.module, GraloraLayer))
 
     def merge_adapter(
-        self, adapter_names: list[str] | None = None, safe_merge: bool = False, keep_base: bool = True
+        self,
+        adapter_names: list[str] | None = None,
+        safe_merge: bool = False,
+        keep_base: bool = True,
+        own_weights: bool = False,
     ) -> None:
         """Merge adapters into the base weights, in every layer or in none.
+
+        A base weight is written in place, unless another part of the model holds it, or some of its memory, too:
+        then the adapted layer gets a parameter of its own. Everything that is reached from the model is looked at.
+        What lies outside, another model that shares weights with this one or a view in a variable, is not seen;
+        `own_weights=True` leaves the weights of those alone.
 
         Args:
             adapter_names: Which; the active ones by default.
             safe_merge: Refuse a result that is not finite.
             keep_base: Keep what `unmerge_adapter` needs to give the base weights their bits back. Without,
                 the merge is final, and all or nothing only against what can be found beforehand.
+            own_weights: Write every merged weight to a new parameter, of which only this model knows.
 
         Raises:
             ValueError: An adapter that does not exist, or with `safe_merge` a non-finite result.
             RuntimeError: A base weight that can't be read or rewritten.
         """
+        layers = self._gralora_layers()
+        if any(layer.disable_adapters for layer in layers.values()):
+            warnings.warn("The adapters are disabled: nothing is merged. Enable them first.", stacklevel=2)
+            return
+        self._merge(layers, adapter_names, safe_merge, keep_base, own_weights)
+
+    def _merge(
+        self,
+        layers: dict[str, GraloraLayer],
+        adapter_names: list[str] | None,
+        safe_merge: bool,
+        keep_base: bool = True,
+        own_weights: bool = False,
+    ) -> None:
         if unknown := sorted(set(adapter_names or ()) - set(self.peft_config)):
             raise ValueError(
                 f"`adapter_names` must name adapters of this model, {sorted(self.peft_config)}; got {unknown}."
             )
         self._mark_shared_weights()
-        layers = {name: m for name, m in self.model.named_modules() if isinstance(m, GraloraLayer)}
-        done: list[tuple[GraloraLayer, int]] = []
         for name, layer in layers.items():
-            if refusal := layer.refusal_to_merge():
+            if refusal := layer.refusal_to_merge(own_weights):
                 raise RuntimeError(f"Nothing was merged: {name!r} can't be, because {refusal}")
             if safe_merge and not keep_base:
                 _check_finite_update(name, layer, adapter_names)
-        for name, layer in layers.items():
-            before = len(layer._merges)
-            try:
+        depths = [(layer, len(layer._merges)) for layer in layers.values()]
+        name, done = "", 0
+        try:
+            for name, layer in layers.items():  # noqa: B007 (read where an error is told)
                 with onload_layer(layer):
-                    layer.merge(safe_merge=safe_merge, adapter_names=adapter_names, keep_base=keep_base)
-            except BaseException as error:
-                for merged, depth in reversed(done if keep_base else []):
-                    with onload_layer(merged):
-                        while len(merged._merges) > depth:
-                            merged.undo_last_merge()
-                undone = "no layer was merged" if keep_base else f"{len(done)} layers before it are merged for good"
-                where = f"at {name!r}; {undone}"
-                if type(error) in (ValueError, RuntimeError):
-                    raise type(error)(f"{error} ({where})") from error
-                error.add_note(where)
-                raise
-            done.append((layer, before))
+                    layer.merge_knowing_holders(safe_merge, adapter_names, keep_base, own_weights)
+                done += 1
+        except BaseException as error:
+            for merged, depth in reversed(depths if keep_base else []):
+                with onload_layer(merged):
+                    merged.undo_merges(depth)
+            undone = "no layer was merged" if keep_base else f"{done} layers before it are merged for good"
+            where = f"at {name!r}; {undone}"
+            if type(error) in (ValueError, RuntimeError):
+                raise type(error)(f"{error} ({where})") from error
+            error.add_note(where)
+            raise
+
+    def unmerge_adapter(self) -> None:
+        """Undo every merge: in every layer, whose base weights get their bits back, or in none.
+
+        Raises:
+            RuntimeError: A base weight that is not here as a whole, was changed since it was merged, or was merged
+                with `keep_base=False`.
+        """
+        merged = {name: layer for name, layer in self._gralora_layers().items() if layer.merged}
+        if not merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        for name, layer in merged.items():
+            with onload_layer(layer):
+                refusal = layer.refusal_to_unmerge()
+            if refusal:
+                raise RuntimeError(f"Nothing was unmerged: at {name!r}, {refusal}")
+        for layer in merged.values():
+            with onload_layer(layer):
+                layer.undo_merges()
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters (PEFT's contract); a merged model is unmerged first."""
+        self._unmerge_to("set the adapter")
+        super().set_adapter(adapter_name, inference_mode)
+
+    def disable_adapter_layers(self) -> None:
+        """Switch all adapters off (PEFT's contract); a merged model is unmerged first, and stays so."""
+        self._unmerge_to("disable the adapters")
+        super().disable_adapter_layers()
+
+    def _unmerge_to(self, purpose: str) -> None:
+        if any(layer.merged for layer in self._gralora_layers().values()):
+            warnings.warn(f"The adapters are merged. Unmerging the model first, to {purpose}.", stacklevel=3)
+            self.unmerge_adapter()
+
+    def _gralora_layers(self) -> dict[str, GraloraLayer]:
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, GraloraLayer)}
 
     def _unload_and_optionally_merge(
         self,
@@ -152,9 +212,11 @@ class GraloraModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        # Merging first, over all layers, keeps the whole atomic; what follows only swaps modules.
+        # Merging or unmerging first, over all layers, keeps the whole atomic; what follows only swaps modules.
         if merge:
-            self.merge_adapter(adapter_names, safe_merge)
+            self._merge(self._gralora_layers(), adapter_names, safe_merge)
+        elif any(layer.merged for layer in self._gralora_layers().values()):
+            self.unmerge_adapter()
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def unload_merged(self, adapter_names: list[str]) -> nn.Module:
@@ -254,11 +316,8 @@ class GraloraModel(BaseTuner):
         yield
 
     def _mark_shared_weights(self) -> None:
-        held = Counter(id(parameter) for module in self.model.modules() for parameter in module._parameters.values())
-        for module in self.model.modules():
-            if isinstance(module, GraloraLayer):
-                weight = getattr(module.get_base_layer(), "weight", None)
-                module.base_is_shared = module.base_is_shared if module.merged else held[id(weight)] > 1
+        for layer, sharing in sharing_in(self.model, list(self._gralora_layers().values())).items():
+            layer.note_sharing(sharing, self.model)
 
     @classmethod
     def _get_adapter_state_dict(
