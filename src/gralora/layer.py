@@ -290,6 +290,11 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
                 self._merges = earlier
             raise
 
+    def names_to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        """Return which of the named adapters, by default the active ones, this layer has and has not merged yet."""
+        wanted = self.active_adapters if adapter_names is None else adapter_names
+        return [name for name in wanted if name in self.gralora_A and name not in self.merged_adapters]
+
     def unmerge(self) -> None:
         """Undo every merge, or none; the base weight gets its bits back.
 
@@ -326,9 +331,7 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
     ) -> nn.Module:
         """Return the base layer, merged or as it was (PEFT calls this from `merge_and_unload` and `unload`)."""
         if merge:
-            wanted = self.active_adapters if adapter_names is None else adapter_names
-            done = self.merged_adapters
-            if missing := [name for name in wanted if name in self.gralora_A and name not in done]:
+            if missing := self.names_to_merge(adapter_names):
                 self.merge_knowing_holders(safe_merge, missing)
         elif self.merged:
             self.unmerge()

@@ -213,9 +213,11 @@ class GraloraModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         # Merging or unmerging first, over all layers, keeps the whole atomic; what follows only swaps modules.
+        layers = self._gralora_layers()
         if merge:
-            self._merge(self._gralora_layers(), adapter_names, safe_merge)
-        elif any(layer.merged for layer in self._gralora_layers().values()):
+            missing = {name: layer for name, layer in layers.items() if layer.names_to_merge(adapter_names)}
+            self._merge(missing, adapter_names, safe_merge)
+        elif any(layer.merged for layer in layers.values()):
             self.unmerge_adapter()
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
