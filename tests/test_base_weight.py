@@ -1,13 +1,11 @@
 import copy
 import pickle
 
-import oracle
 import pytest
 import torch
-from conftest import MLP, assert_same_bits, mlp_config, randomise, tiny_llama, weights_of
-from hypothesis import HealthCheck, given, settings
+from conftest import assert_same_bits, randomise, tiny_llama, weights_of
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import nn
 
 from gralora import GraloraConfig, GraloraLayer, base_weight, get_peft_model, merge_records, weight_rows
@@ -201,116 +199,3 @@ def test_a_merge_that_fails_at_any_layer_happens_in_none(monkeypatch, failing, e
     assert_same_bits(before, weights_of(model))
     assert {name: id(m) for name, m in model.named_modules()} == tree
     assert not any(layer.merged for layer in model.modules() if isinstance(layer, GraloraLayer))
-
-
-# Any sequence ---------------------------------------------------------------------------------------------------------
-
-
-class Sequences(RuleBasedStateMachine):
-    """Base bits are unchanged whenever nothing is merged; outputs are those of the oracle, always."""
-
-    @initialize(dtype=st.sampled_from([torch.float32, torch.bfloat16]), q=st.sampled_from([0, 2]))
-    def begin(self, dtype, q):
-        torch.manual_seed(0)
-        self.model = get_peft_model(MLP(dtype), mlp_config(hybrid_r=q))
-        self.x = torch.randn(5, 12, dtype=dtype)
-        self.before = weights_of(self.model)
-        self.disabled, self.frozen_names = False, {"default"}
-
-    @property
-    def tuner(self):
-        return self.model.base_model
-
-    def layers(self):
-        return self.tuner.model.up, self.tuner.model.down
-
-    @rule(chosen=st.sets(st.sampled_from(["default", "second"]), min_size=1))
-    def merge(self, chosen):
-        chosen = [name for name in sorted(chosen) if name in self.model.peft_config]
-        if chosen and not self.disabled:
-            self.remember(chosen)
-            self.tuner.merge_adapter(chosen)
-
-    def remember(self, names):
-        for layer in self.layers():
-            kept = self.__dict__.setdefault("kept", {}).setdefault(id(layer), {})
-            for name in names:
-                if name not in layer.merged_adapters:
-                    kept[name] = self.update(layer, name)
-
-    @staticmethod
-    def update(layer, name):
-        factors = [None if f is None else f.detach().clone() for f in layer.factors(name)]
-        return factors, layer.scaling[name]
-
-    @rule()
-    def unmerge(self):
-        self.tuner.unmerge_adapter()
-
-    @rule()
-    def disable(self):
-        self.tuner.disable_adapter_layers()
-        self.disabled = True
-
-    @rule()
-    def enable(self):
-        self.tuner.enable_adapter_layers()
-        self.disabled = False
-
-    @rule(both=st.booleans(), name=st.sampled_from(["default", "second"]))
-    def activate(self, both, name):
-        names = [n for n in (["default", "second"] if both else [name]) if n in self.model.peft_config]
-        if names:
-            self.tuner.set_adapter(names)
-
-    @precondition(lambda self: "second" not in self.model.peft_config)
-    @rule()
-    def add(self):
-        self.model.add_adapter("second", mlp_config(r=4, gralora_k=2))
-
-    @precondition(lambda self: len(self.model.peft_config) == 2 and not self.layers()[0].merged)
-    @rule()
-    def delete(self):
-        self.model.delete_adapter("second")
-
-    @rule()
-    def train(self):
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if "gralora_" in name:
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-
-    @rule()
-    def copy(self):
-        layer = self.layers()[0]
-        twin = copy.deepcopy(layer)
-        assert torch.equal(twin(self.x), layer(self.x))
-
-    @invariant()
-    def base_is_as_it_was(self):
-        if hasattr(self, "model") and not self.layers()[0].merged:
-            assert_same_bits(self.before, weights_of(self.model))
-
-    @invariant()
-    def outputs_are_those_of_the_oracle(self):
-        if not hasattr(self, "model"):
-            return
-        exact = self.x.double()
-        for layer, prefix in zip(self.layers(), ("up", "down"), strict=True):
-            key = f"base_model.model.{prefix}.base_layer"
-            y = exact @ self.before[f"{key}.weight"].double().T + self.before[f"{key}.bias"].double()
-            active = [] if self.disabled else layer.active_adapters
-            for name in {*active, *layer.merged_adapters}:
-                merged = name in layer.merged_adapters
-                factors, scale = self.kept[id(layer)][name] if merged else self.update(layer, name)
-                y = y + oracle.apply(exact, *factors, scale)
-            exact = torch.relu(y) if prefix == "up" else y
-        found = self.model(self.x).double()
-        coarse = 2**-6 if self.x.dtype == torch.bfloat16 else 1e-5  # some roundings, relative to the largest output
-        assert (found - exact).abs().max() <= coarse * 8 * (1 + exact.abs().max())
-
-
-TestSequences = pytest.mark.filterwarnings("ignore::UserWarning")(Sequences.TestCase)
-TestSequences.settings = settings(
-    deadline=None, max_examples=25, stateful_step_count=15, suppress_health_check=list(HealthCheck)
-)

@@ -234,6 +234,22 @@ if TORCHAO:
         with pytest.raises(RuntimeError, match=r"Nothing was merged: '0' can't be, because torchao"):
             model.merge_adapter()
 
+    def test_torchao_applied_after_the_adapter_serves_and_refuses_to_merge():
+        model = get_peft_model(
+            nn.Sequential(nn.Linear(64, 64)), GraloraConfig(r=8, target_modules=["0"], init_weights=False)
+        )
+        x = torch.randn(3, 64)
+        expected = model(x)
+        quantize_(model, TORCHAO["int8"])
+        assert type(model.base_model.model[0].base_layer.weight) is not nn.Parameter
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), expected, atol=0.05, rtol=0.05)
+        before = packed_state(model.base_model.model[0].base_layer)
+        for refused in (model.merge_adapter, model.merge_and_unload):
+            with pytest.raises(RuntimeError, match=r"Nothing was merged: '0' can't be, because its base weight is a"):
+                refused()
+        assert_same_bits(before, packed_state(model.base_model.model[0].base_layer))
+
 else:
 
     def test_torchao():

@@ -346,10 +346,14 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the adapters on or off; switching off unmerges."""
-        if not enabled and self.merged:
+        if enabled:
+            super().set_adapter(self.active_adapters)  # for `requires_grad`; a merged layer stays merged
+            self._disable_adapters = False
+            return
+        if self.merged:
             warnings.warn("The adapters are merged: unmerging them to disable them.", stacklevel=2)
             self.unmerge()
-        super().enable_adapters(enabled)
+        super().enable_adapters(False)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the scaling of one adapter to `scale` times its configured one (PEFT's scale API)."""
