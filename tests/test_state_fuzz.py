@@ -270,7 +270,9 @@ def tensor_dim(tensor):
     return 0 if tensor is None else tensor.dim()
 
 
-TestSequences = pytest.mark.filterwarnings("ignore::UserWarning")(Sequences.TestCase)
+TestSequences = pytest.mark.usefixtures("one_thread")(
+    pytest.mark.filterwarnings("ignore::UserWarning")(Sequences.TestCase)
+)
 TestSequences.settings = settings(
     deadline=None,
     max_examples=int(os.environ.get("GRALORA_FUZZ_SEQUENCES", "200")),
