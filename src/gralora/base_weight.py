@@ -150,15 +150,19 @@ def _merged(
 
 
 def _check_finite(merged: Tensor, names: list[str], safe: bool) -> None:
-    if not safe:
-        return
-    finite = torch.isfinite(local(merged)).all().to(torch.uint8)
-    if isinstance(merged, DTensor):  # every process must come to the same verdict
-        for dimension in range(merged.device_mesh.ndim):
-            group = merged.device_mesh.get_group(dimension)
-            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN, group)
-    if not finite:
+    if safe and not agreed(bool(torch.isfinite(local(merged)).all()), merged):
         raise ValueError(
             f"the merged weight must be finite; merging {', '.join(map(repr, names))} gives non-finite values. "
             "Nothing was merged."
         )
+
+
+def agreed(verdict: bool, weight: Tensor | None) -> bool:
+    """Return whether every process that holds a part of `weight` came to a true `verdict`; all of them must ask."""
+    if not isinstance(weight, DTensor):
+        return verdict
+    everywhere = torch.tensor(verdict, dtype=torch.uint8, device=weight.device)
+    for dimension in range(weight.device_mesh.ndim):
+        group = weight.device_mesh.get_group(dimension)
+        torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN, group)
+    return bool(everywhere)

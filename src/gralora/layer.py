@@ -20,8 +20,9 @@ from gralora.config import LayerSettings
 from gralora.dense_update import Part, delta, delta_dtype
 from gralora.merge_records import CHANGED, ForgottenRecord, MergeRecord, Place
 from gralora.numerics import pinned_numerics
-from gralora.quantised import PackedRecord, packed_weight
+from gralora.quantised import PackedRecord, packed_fingerprint, packed_weight
 from gralora.shared_weights import UNSHARED, Sharing, sharing_in
+from gralora.weight_rows import fingerprint, window_of
 
 
 class Factor(nn.Module):
@@ -215,8 +216,7 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
         if obstacle := self.obstacle_to_merging():
             way_out = "The adapter trains and serves unmerged; to merge, load the base model in 16 or 32 bits."
             return f"{obstacle}. {way_out}"
-        base = self.get_base_layer()
-        return self._absence() or base_weight.separation_refusal(base, self._sharing, own_weights)
+        return self._absence() or base_weight.separation_refusal(self.get_base_layer(), self._sharing, own_weights)
 
     def refusal_to_unmerge(self) -> str | None:
         """Return why the merges can't be undone, or None; costs one reading of the weight."""
@@ -228,6 +228,12 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
 
     def _absence(self) -> str | None:
         return None if self.quantization_backend is not None else base_weight.absence(self.get_base_layer())
+
+    def fingerprint(self, place: Place) -> tuple[int, ...]:
+        """Return the fingerprint of the weight that `place` holds; records compare it."""
+        if self.quantization_backend is not None:
+            return packed_fingerprint(place.base)
+        return fingerprint(window_of(place.values, self.fan_in_fan_out).rows)
 
     def note_sharing(self, sharing: Sharing, model: nn.Module) -> None:
         """Remember what others in `model` hold of the base."""
@@ -286,7 +292,7 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
         except BaseException:
             if not final:
                 self.undo_merges(len(earlier))
-            elif record.fingerprint(self, Place.now(self)) != record.after:
+            elif self.fingerprint(Place.now(self)) != record.after:
                 self._merges = earlier
             raise
 

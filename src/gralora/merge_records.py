@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gralora import numerics
 from gralora.dense_update import Part, Scratch
-from gralora.weight_rows import as_integers, bits, chunks, digest, fingerprint, local, overwrite, window_of
+from gralora.weight_rows import as_integers, bits, chunks, digest, local, overwrite, window_of
 
 # A correction is forced every so many elements, so that each gap between two fits a byte.
 _GAP = 255
@@ -79,7 +79,7 @@ class MergeRecord:
         Raises:
             RuntimeError: `place` holds another weight, or nothing was kept.
         """
-        found = self.fingerprint(layer, place)
+        found = layer.fingerprint(place)
         if found == self.before:  # an undo or a merge that was interrupted came this far
             return place
         if found != self.after:
@@ -91,12 +91,8 @@ class MergeRecord:
 
     def obstacle(self, layer: BaseTunerLayer, place: Place) -> str | None:
         """Return why an undo would fail, for what can be found at the price of reading the weight, or None."""
-        found = self.fingerprint(layer, place)
+        found = layer.fingerprint(place)
         return None if found in (self.before, self.after) else str(self.changed())
-
-    def fingerprint(self, layer: BaseTunerLayer, place: Place) -> tuple[int, ...]:
-        """Return the fingerprint of a weight, to be compared with `before` and `after`."""
-        return fingerprint(window_of(place.values, layer.fan_in_fan_out).rows)
 
     def changed(self) -> RuntimeError:
         """Return the error that says that the weight was changed from outside."""
@@ -150,8 +146,7 @@ class SharedRecord(MergeRecord):
 
     def converted(self, layer: BaseTunerLayer, earlier: Place, now: Place) -> MergeRecord:
         """Return the record with fingerprints of the converted weights."""
-        rows = [window_of(place.values, layer.fan_in_fan_out).rows for place in (earlier, now)]
-        return SharedRecord(self.adapter_names, *map(fingerprint, rows), self.original)
+        return SharedRecord(self.adapter_names, layer.fingerprint(earlier), layer.fingerprint(now), self.original)
 
 
 @dataclass
@@ -159,6 +154,11 @@ class CopyRecord(MergeRecord):
     """A copy of the whole original."""
 
     original: Tensor
+
+    @classmethod
+    def between(cls, names: list[str], layer: BaseTunerLayer, earlier: Place, now: Place) -> "CopyRecord":
+        """Return the record of a merge that led from `earlier` to `now`."""
+        return cls(names, layer.fingerprint(earlier), layer.fingerprint(now), local(earlier.values).clone())
 
     @property
     def nbytes(self) -> int:
@@ -170,7 +170,7 @@ class CopyRecord(MergeRecord):
 
     def converted(self, layer: BaseTunerLayer, earlier: Place, now: Place) -> MergeRecord:
         """Return the record with the converted original."""
-        return copy_record(self.adapter_names, layer, earlier, now)
+        return CopyRecord.between(self.adapter_names, layer, earlier, now)
 
 
 @dataclass
@@ -257,10 +257,4 @@ class DenseRecord(MergeRecord):
                 after.append(digest(merged))
             record.before, record.after = as_integers(before), as_integers(after)
         whole = record.nbytes < window.rows.nbytes
-        return record if whole else copy_record(self.adapter_names, layer, earlier, now)
-
-
-def copy_record(names: list[str], layer: BaseTunerLayer, earlier: Place, now: Place) -> CopyRecord:
-    """Return the record that copies the weight from before a merge."""
-    rows = [window_of(place.values, layer.fan_in_fan_out).rows for place in (earlier, now)]
-    return CopyRecord(names, *map(fingerprint, rows), local(earlier.values).clone())
+        return record if whole else CopyRecord.between(self.adapter_names, layer, earlier, now)

@@ -21,6 +21,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
+from gralora.base_weight import agreed
 from gralora.config import ALL_LINEAR, GraloraConfig
 from gralora.layer import GraloraLayer, Linear, resolve_base
 from gralora.shared_weights import sharing_in
@@ -181,8 +182,9 @@ class GraloraModel(BaseTuner):
         for name, layer in merged.items():
             with onload_layer(layer):
                 refusal = layer.refusal_to_unmerge()
-            if refusal:
-                raise RuntimeError(f"Nothing was unmerged: at {name!r}, {refusal}")
+                everywhere = agreed(refusal is None, getattr(layer.get_base_layer(), "weight", None))
+            if not everywhere:
+                raise RuntimeError(f"Nothing was unmerged: at {name!r}, {refusal or 'another process refuses.'}")
         for layer in merged.values():
             with onload_layer(layer):
                 layer.undo_merges()

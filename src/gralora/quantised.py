@@ -63,10 +63,6 @@ class PackedRecord(MergeRecord):
     def _recover(self, layer: BaseTunerLayer, place: Place) -> Any:
         return self.original
 
-    def fingerprint(self, layer: BaseTunerLayer, place: Place) -> tuple[int, ...]:
-        """Return the fingerprint of the packed weight."""
-        return packed_fingerprint(place.base)
-
 
 def prepare(
     layer: BaseTunerLayer, names: list[str], parts: list[Part], keep: bool, own_module: nn.Module | None
