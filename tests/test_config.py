@@ -112,7 +112,9 @@ def test_uniform_rslora_is_written_as_plain_alpha(tmp_path, alpha, r, hybrid_r):
 
 def test_fields_of_our_own_are_announced_and_survive(tmp_path):
     config = GraloraConfig(rank_pattern={"q": 8}, trainable_token_indices=[1, 2], exclude_modules=["k"])
-    with pytest.warns(UserWarning, match="`rank_pattern`, `trainable_token_indices`.*import gralora"):
+    with pytest.warns(
+        UserWarning, match="`exclude_modules`, `rank_pattern`, `trainable_token_indices`.*import gralora"
+    ):
         config.save_pretrained(tmp_path)
     loaded = PeftConfig.from_pretrained(tmp_path)
     assert type(loaded) is GraloraConfig
@@ -136,3 +138,21 @@ def test_a_copy_shares_nothing():
     copied.rank_pattern["v"] = 4
     assert config.target_modules == {"q"}
     assert config.rank_pattern == {"q": 8}
+
+
+def test_a_config_of_ours_is_adopted_as_it_is_and_checked():
+    config = GraloraConfig(target_modules=["q"])
+    assert GraloraConfig.adopt(config) is config
+    config.alpha = 0
+    with pytest.raises(ValueError, match="`alpha` must be a finite positive number; got alpha=0"):
+        GraloraConfig.adopt(config)
+
+
+@pytest.mark.parametrize("task_type", ["TOKEN_CLS", "QUESTION_ANS"])
+@pytest.mark.parametrize("asked", [None, ["pooler"]])
+def test_heads_that_peft_adds_to_a_native_config_reach_the_converted_one(task_type, asked):
+    native = importlib.import_module("peft.tuners.gralora.config").GraloraConfig
+    config = native(target_modules=["q"], modules_to_save=asked, task_type=task_type)
+    adopted = GraloraConfig.adopt(config)
+    config.modules_to_save.extend(["head"])
+    assert adopted.modules_to_save == [*(asked or []), "head"]

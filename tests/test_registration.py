@@ -1,13 +1,14 @@
 import copy
 import gc
 import importlib
+import pickle
 import subprocess
 import sys
 
 import peft
 import pytest
 import torch
-from conftest import MLP, mlp_config
+from conftest import MLP, mlp_config, native_peft
 from peft.utils import transformers_weight_conversion
 
 import gralora
@@ -45,15 +46,74 @@ assert state() == ours
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def test_unregister_is_refused_while_a_model_is_alive():
-    model = gralora.get_peft_model(MLP(), mlp_config())
+def test_reloading_registers_once_and_what_is_new():
+    script = """
+import importlib, peft, gralora, gralora.config, gralora.model, gralora.registration
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as configs
+from peft.utils import PeftType, transformers_weight_conversion as conversion
+from transformers.core_model_loading import WeightRenaming
+def renamings():
+    config = gralora.GraloraConfig()
+    mapping = conversion.build_peft_weight_mapping([WeightRenaming("a", "b")], "mine", peft_config=config)
+    return sum("gralora_[AB]" in str(entry.source_patterns) for entry in mapping)
+for module in (gralora.registration, gralora, gralora.config, gralora.model, gralora.registration, gralora):
+    importlib.reload(module)
+    assert renamings() == 1
+assert configs[PeftType.GRALORA] is peft.GraloraConfig is gralora.GraloraConfig is gralora.config.GraloraConfig
+gralora.unregister()
+assert configs[PeftType.GRALORA].__module__ == peft.GraloraModel.__module__.replace("model", "config")
+assert "gralora_[AB]" not in str(conversion.build_peft_weight_mapping([], "mine", peft_config=gralora.GraloraConfig()))
+assert conversion.build_peft_weight_mapping.__module__ == "peft.utils.transformers_weight_conversion"
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize(
+    "copied", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+@pytest.mark.parametrize("freeze", [False, True])
+def test_unregister_is_refused_while_a_model_is_alive(freeze, copied):
+    gc.collect()
+    before = len(gralora.GraloraLayer.alive)
+    model = copied(gralora.get_peft_model(MLP(), mlp_config()))
+    gc.collect()
     patched = transformers_weight_conversion.build_peft_weight_mapping
-    with pytest.raises(RuntimeError, match=r"\d+ GraLoRA layers are alive"):
-        gralora.unregister()
+    try:
+        if freeze:
+            gc.freeze()
+        with pytest.raises(RuntimeError, match=rf"{before + 2} GraLoRA layers are alive"):
+            gralora.unregister()
+    finally:
+        gc.unfreeze()
     assert peft.GraloraConfig is gralora.GraloraConfig
     assert transformers_weight_conversion.build_peft_weight_mapping is patched
     del model
     gc.collect()
+    assert len(gralora.GraloraLayer.alive) == before
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"rank_pattern": {"up": 3}},
+        {"alpha_pattern": {"up": 3}},
+        {"k_pattern": {"up": 1}},
+        {"use_rslora": True},
+        {"exclude_modules": ["down"]},
+        {"trainable_token_indices": [1]},
+    ],
+)
+def test_peft_s_own_tuner_is_not_given_what_it_would_drop(extra):
+    name = next(iter(extra))
+    with native_peft():
+        model = peft.get_peft_model(MLP(), mlp_config())
+        for put_on in (
+            lambda config: peft.get_peft_model(MLP(), config),
+            lambda config: peft.inject_adapter_in_model(config, MLP()),
+            lambda config: model.add_adapter("second", config),
+        ):
+            with pytest.raises(ValueError, match=rf"do without fields that it does not know; got {name}=.*register"):
+                put_on(mlp_config(**extra))
 
 
 def test_keys_with_and_without_the_holder_are_understood():

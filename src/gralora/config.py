@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from peft.config import PeftConfig
-from peft.utils import PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import PeftType, TaskType
 from peft.utils.other import get_pattern_key
 
 # Fields that PEFT's own GraLoRA does not know. They reach `adapter_config.json` only where they differ
@@ -55,7 +56,8 @@ class GraloraConfig(PeftConfig):
             `gralora_k`.
         hybrid_r: Rank of the plain LoRA beside the blocks; 0 for none.
         target_modules: Module names (matched at their end), a regular expression over the whole name,
-            `"all-linear"`, or None for PEFT's choice for the architecture.
+            `"all-linear"`, or None for PEFT's choice for the architecture. The last two are replaced, when the
+            adapter is put on, by names that match the chosen modules and no others.
         alpha: The update is scaled by `alpha / (r + hybrid_r)`.
         gralora_dropout: Probability in [0, 1) of dropping an input of the adapter; both parts see the
             same draw.
@@ -63,7 +65,8 @@ class GraloraConfig(PeftConfig):
             at rank 32 or less, 4 from rank 64 on.
         fan_in_fan_out: Kept for compatibility: each layer's layout is read off its type.
         bias: `"none"`, `"all"`, or `"gralora_only"` to train the biases of adapted layers.
-        modules_to_save: Modules to train and save whole.
+        modules_to_save: Modules to train and save whole. PEFT adds the heads of classification and question
+            answering, by `task_type`.
         init_weights: True starts at an update of exactly zero, False at a random one.
         layers_to_transform: Layer index or indices to adapt. Needs `target_modules` to be a list.
         layers_pattern: Name of the list of layers, where it is not one of the common ones.
@@ -106,9 +109,49 @@ class GraloraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.GRALORA
+        self.check()
+
+    def check(self) -> None:
+        """Check every field, as at creation.
+
+        Raises:
+            ValueError: A value breaks its rule.
+        """
         self._normalise_collections()
         self._check_values()
         self._check_layer_selection()
+
+    @property
+    def asks_for_all_linear(self) -> bool:
+        """Whether `target_modules` is `"all-linear"`, in any case."""
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """False. PEFT asks before it puts an adapter on, and then its own tuner would drop fields of ours.
+
+        Raises:
+            ValueError: The tuner that PEFT uses does not know a field that is set.
+        """
+        known = {f.name for f in fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.GRALORA])}
+        if unknown := [name for name in EXTRA_FIELDS if name not in known and getattr(self, name)]:
+            raise ValueError(
+                "A config for PEFT's own GraLoRA must do without fields that it does not know; got "
+                f"{', '.join(f'{name}={getattr(self, name)!r}' for name in unknown)}. Call `gralora.register()` first."
+            )
+        return False
+
+    @classmethod
+    def adopt(cls, config: Any) -> "GraloraConfig":
+        """Return `config` itself, checked anew, where it is one of ours, else a copy of ours."""
+        if isinstance(config, cls):
+            config.check()
+            return config
+        adopted = cls.copy_of(config)
+        # PEFT adds these heads to the caller's config when the adapter is on: one list for both.
+        if config.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS):
+            adopted.modules_to_save = config.modules_to_save = list(adopted.modules_to_save or ())
+        return adopted
 
     @classmethod
     def copy_of(cls, config: PeftConfig) -> "GraloraConfig":
@@ -159,7 +202,7 @@ class GraloraConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`; says so where plain PEFT could not read the adapter."""
-        ours_only = [name for name in EXTRA_FIELDS if name in self.to_dict() and name != "exclude_modules"]
+        ours_only = [name for name in EXTRA_FIELDS if name in self.to_dict()]
         if ours_only:
             warnings.warn(
                 f"This adapter uses {', '.join(f'`{name}`' for name in ours_only)}, which PEFT's own GraLoRA does "

@@ -3,7 +3,8 @@
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar, Self
+from weakref import WeakSet
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -86,6 +87,13 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general")
     other_param_names = ("r", "hybrid_r", "alpha", "gralora_k", "scaling", "initial_scaling", "gralora_dropout")
+    alive: ClassVar[WeakSet["GraloraLayer"]] = WeakSet()  # every layer, copies and unpickled ones too
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Make a layer, and note that it is alive: the garbage collector does not see what `gc.freeze` hides."""
+        layer = super().__new__(cls)
+        cls.alive.add(layer)
+        return layer
 
     def __init__(
         self,
