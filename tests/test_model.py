@@ -1,13 +1,20 @@
 import copy
 import importlib
 import re
+import warnings
 
 import pytest
 import torch
-from conftest import MLP, mlp_config, randomise, tiny_gpt2, tiny_llama, tiny_opt
-from peft import PeftModel, inject_adapter_in_model
+from conftest import MLP, mlp_config, native_peft, randomise, tiny_gpt2, tiny_llama, tiny_opt
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
 from torch import nn
 from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
     MambaConfig,
@@ -17,6 +24,8 @@ from transformers import (
 )
 
 from gralora import GraloraConfig, GraloraLayer, get_peft_model, rescale_adapter_scale
+
+NativeConfig = importlib.import_module("peft.tuners.gralora.config").GraloraConfig
 
 
 def adapted(model):
@@ -58,21 +67,54 @@ def test_targets(changes, expected):
     assert adapted(get_peft_model(model, config(**changes))) == wanted
 
 
-@pytest.mark.parametrize("changes", [{}, {"target_modules": "all-linear"}, {"target_modules": None}])
-def test_the_callers_config_is_left_alone(changes):
-    mine = config(**changes)
-    before = copy.deepcopy(mine.__dict__)
+ALL_SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "resolved"),
+    [(["q_proj"], {"q_proj"}), ("all-linear", ALL_SEVEN), (None, {"q_proj", "v_proj"}), (".*q_proj", ".*q_proj")],
+)
+def test_the_callers_config_is_kept_and_its_targets_resolved(asked, resolved):
+    mine = config(target_modules=asked)
+    expected = vars(mine) | {"target_modules": resolved}
     model = get_peft_model(tiny_llama(), mine)
-    after = mine.__dict__ | {"base_model_name_or_path": None, "task_type": None}
-    assert after == before
-    assert model.peft_config["default"] is not mine
+    assert model.peft_config["default"] is mine
+    assert vars(mine) == expected
     model.add_adapter("ref", mine)
-    assert model.peft_config["ref"] is not model.peft_config["default"]
+    assert model.peft_config["ref"] is mine
+    assert vars(mine) == expected
+    assert all(layer.r == {"default": 8, "ref": 8} for layer in layers(model))
+
+
+def test_transformers_keeps_the_callers_config_too():
+    mine, model = config(target_modules="all-linear"), tiny_llama()
+    model.add_adapter(mine, "mine")
+    assert model.peft_config["mine"] is mine
+    assert mine.target_modules == ALL_SEVEN
+
+
+@pytest.mark.parametrize("asked", ["all-linear", None])
+def test_a_failed_injection_leaves_the_callers_config(asked, monkeypatch):
+    mine = config(target_modules=asked)
+    expected = dict(vars(mine))
+
+    def fail(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(GraloraLayer, "add_adapter", fail)
+    with pytest.raises(MemoryError):
+        get_peft_model(tiny_llama(), mine)
+    assert vars(mine) == expected
+
+
+def test_a_config_that_was_broken_after_its_creation_is_refused():
+    mine = config()
+    mine.r = 7
+    assert_refused(tiny_llama(), mine, ValueError, "`gralora_k` must divide `r`; got gralora_k=2 with r=7")
 
 
 def test_a_native_config_made_before_the_import_is_converted():
-    native = importlib.import_module("peft.tuners.gralora.config").GraloraConfig
-    model = get_peft_model(tiny_llama(), native(r=8, target_modules=["q_proj"]))
+    model = get_peft_model(tiny_llama(), NativeConfig(r=8, target_modules=["q_proj"]))
     assert type(model.peft_config["default"]) is GraloraConfig
     assert len(layers(model)) == 2
 
@@ -180,7 +222,13 @@ def test_mamba_layers_that_are_read_and_not_called_are_refused():
         MambaConfig(vocab_size=16, hidden_size=16, num_hidden_layers=1, state_size=4, intermediate_size=32)
     )
     assert_refused(model, config(target_modules=["out_proj"]), ValueError, "'mamba' read the weight of 'out_proj'")
-    assert adapted(get_peft_model(model, config(target_modules=["in_proj"]))) == ["backbone.layers.0.mixer.in_proj"]
+    assert adapted(get_peft_model(copy.deepcopy(model), config(target_modules=["in_proj"]))) == [
+        "backbone.layers.0.mixer.in_proj"
+    ]
+    with pytest.warns(UserWarning, match=r"leaves out .*'backbone.layers.0.mixer.out_proj'"):
+        assert adapted(get_peft_model(model, config(target_modules="all-linear"))) == [
+            "backbone.layers.0.mixer.in_proj"
+        ]
 
 
 def test_unmatched_targets_are_named_with_the_nearest():
@@ -199,6 +247,171 @@ def test_all_linear_leaves_out_what_k_does_not_divide_and_says_so():
         names = adapted(get_peft_model(model, config(target_modules="all-linear")))
     assert len([w for w in seen if w.category is UserWarning]) == 1
     assert len(names) == 14
+
+
+def test_all_linear_without_a_layer_that_fits_says_why():
+    assert_refused(
+        nn.Sequential(nn.Linear(9, 9)),
+        config(target_modules="all-linear"),
+        ValueError,
+        r"must find a layer that can be adapted; none of 1 can. '0': `gralora_k` must divide.*in_features=9.*: 1",
+    )
+
+
+class Ambiguous(nn.Module):
+    """Short names at the top that are the ends of other modules' names."""
+
+    def __init__(self):
+        super().__init__()
+        self.out_proj = nn.Linear(8, 8)
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.proj = nn.Linear(8, 8)
+        self.enc = nn.ModuleDict({"proj": nn.Linear(8, 9), "up": nn.Linear(8, 8)})
+
+    def forward(self, x):
+        x = self.attn(x, x, x)[0] + self.out_proj(x) + self.proj(x)
+        return x + self.enc["up"](x) + self.enc["proj"](x)[..., :8]
+
+
+@pytest.mark.parametrize("excluded", [None, ["enc.up"]])
+def test_all_linear_adapts_and_stores_what_it_chose_and_nothing_else(excluded, tmp_path):
+    wanted = ["out_proj", "proj"] if excluded else ["out_proj", "proj", "enc.up"]
+    pristine, x = Ambiguous(), torch.randn(2, 3, 8)
+    mine = config(target_modules="all-linear", exclude_modules=excluded)
+    with pytest.warns(UserWarning, match=r"leaves out 'attn.out_proj', 'enc.proj'"):
+        model = randomise(get_peft_model(copy.deepcopy(pristine), mine)).eval()
+    assert adapted(model) == wanted
+    expected = model(x)
+    with warnings.catch_warnings(action="ignore"):
+        model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(pristine), tmp_path)
+    assert adapted(loaded) == wanted
+    assert torch.equal(loaded(x), expected)
+    with native_peft(), warnings.catch_warnings(action="ignore"):
+        native = PeftModel.from_pretrained(copy.deepcopy(pristine), tmp_path)
+        assert native.targeted_module_names == wanted
+        torch.testing.assert_close(native(x), expected)
+    torch.testing.assert_close(model.merge_and_unload()(x), expected)
+
+
+def test_all_linear_by_the_keys_of_a_state_dict_stores_those():
+    keys = get_peft_model_state_dict(get_peft_model(tiny_llama(), config(target_modules=["k_proj"])))
+    named = {key.removeprefix("base_model.model."): value for key, value in keys.items()}
+    mine = config(target_modules="all-linear")
+    model = inject_adapter_in_model(mine, tiny_llama(), state_dict=named)
+    assert mine.target_modules == {"k_proj"}
+    assert len(layers(model)) == 2
+
+
+def test_short_names_load_into_the_model_without_its_head(tmp_path):
+    model = randomise(get_peft_model(tiny_llama(), config(target_modules="all-linear")))
+    model.save_pretrained(tmp_path)
+    backbone = tiny_llama().model
+    backbone.load_adapter(str(tmp_path))
+    tokens = torch.arange(8)[None]
+    assert torch.equal(backbone(tokens)[0], model.base_model.model.model(tokens)[0])
+
+
+# One module under several names --------------------------------------------------------------------------------------
+
+
+class Shared(nn.Module):
+    """`a` and `b` are one module, and so are the three of `stack`."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = self.b = nn.Linear(8, 8)
+        self.stack = nn.ModuleList([nn.Linear(8, 8)] * 3)
+
+    def modules_by_use(self):
+        return [self.a, self.b, *self.stack]
+
+    def forward(self, x):
+        for module in self.modules_by_use():
+            x = x + torch.tanh(module(x))
+        return x
+
+
+def with_dense_weights(model, deltas):
+    """A copy of `model` in float64 with `deltas` added, by the name of a weight."""
+    dense = copy.deepcopy(model).double()
+    with torch.no_grad():
+        for name, delta in deltas.items():
+            dense.get_parameter(f"{name}.weight").add_(delta.double())
+    return dense
+
+
+@pytest.mark.parametrize(
+    ("targets", "wanted"),
+    [
+        (["a"], ["a"]),
+        (["b"], ["a"]),
+        (["stack.2", "b"], ["a", "stack.0"]),
+        (r"stack\.1", ["stack.0"]),
+        ("all-linear", ["a", "stack.0"]),
+    ],
+)
+def test_one_module_gets_one_layer_at_each_of_its_places(targets, wanted, tmp_path):
+    pristine, x = Shared(), torch.randn(3, 8)
+    model = randomise(get_peft_model(copy.deepcopy(pristine), config(target_modules=targets)), 0.1)
+    assert adapted(model) == wanted
+    places = model.base_model.model.modules_by_use()
+    for first, second in ((0, 1), (2, 3), (2, 4)):
+        assert places[first] is places[second]
+    deltas = {name: model.base_model.model.get_submodule(name).get_delta_weight("default") for name in wanted}
+    expected = model(x)
+    torch.testing.assert_close(expected, with_dense_weights(pristine, deltas)(x.double()).float())
+    model.save_pretrained(tmp_path)
+    for other in (copy.deepcopy(model), PeftModel.from_pretrained(copy.deepcopy(pristine), tmp_path)):
+        assert torch.equal(other(x), expected)
+        assert tree_of_uses(other.base_model.model) == tree_of_uses(model.base_model.model)
+        plain = other.unload()
+        assert torch.equal(plain(x), pristine(x))
+        assert tree_of_uses(plain) == tree_of_uses(pristine)
+        assert all(type(module) is nn.Linear for module in plain.modules_by_use())
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(x), expected)
+    assert tree_of_uses(merged) == tree_of_uses(pristine)
+    assert all(type(module) is nn.Linear for module in merged.modules_by_use())
+
+
+def tree_of_uses(model):
+    """Which uses are of the same module, whatever it is."""
+    first = [id(module) for module in model.modules_by_use()]
+    return [first.index(module) for module in first]
+
+
+def test_a_failed_injection_puts_a_shared_module_back_at_each_of_its_places(monkeypatch):
+    model, made = Shared(), []
+
+    def fail_at_the_second(self, *args, **kwargs):
+        made.append(self)
+        if len(made) == 2:
+            raise MemoryError("no room")
+
+    monkeypatch.setattr(GraloraLayer, "add_adapter", fail_at_the_second)
+    before = list(map(id, model.modules_by_use()))
+    assert_refused(model, config(target_modules="all-linear"), MemoryError, "no room")
+    assert list(map(id, model.modules_by_use())) == before
+
+
+def test_the_names_of_a_shared_module_must_agree():
+    assert_refused(
+        Shared(),
+        config(target_modules=["a"], alpha_pattern={"b": 3}),
+        ValueError,
+        r"'a' can't be adapted: a module has one adapter.*its names 'a', 'b'",
+    )
+    model = get_peft_model(Shared(), config(target_modules=["a"], alpha_pattern={"a|b": 3}))
+    assert model.base_model.model.b.scaling == {"default": 3 / 8}
+    with pytest.raises(ValueError, match="No modules were targeted"):
+        get_peft_model(Shared(), config(target_modules=["a"], exclude_modules=["b"]))
+
+
+def test_a_shared_module_is_refused_where_one_of_its_callers_reads_its_weight():
+    model = nn.ModuleDict({"lin": nn.Linear(8, 8), "attn": nn.MultiheadAttention(8, 2)})
+    model["lin"] = model["attn"].out_proj
+    assert_refused(model, config(target_modules=["lin"]), TypeError, "MultiheadAttention reads this layer's weight")
 
 
 def test_what_lora_has_and_we_do_not_yet_is_refused():
@@ -271,6 +484,62 @@ def test_a_head_that_is_a_container_survives_merging(tmp_path):
     assert type(plain.classifier).__name__ == "RobertaClassificationHead"
 
 
+def bert(head):
+    torch.manual_seed(0)
+    if "DistilBert" in head.__name__:
+        sizes = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}
+        return head(DistilBertConfig(vocab_size=64, **sizes)).eval()
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    return head(BertConfig(vocab_size=64, **sizes)).eval()
+
+
+HEADS = {
+    BertForTokenClassification: "TOKEN_CLS",
+    BertForQuestionAnswering: "QUESTION_ANS",
+    BertForSequenceClassification: "SEQ_CLS",
+    DistilBertForSequenceClassification: "SEQ_CLS",  # PEFT trains its `pre_classifier` too
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [(GraloraConfig, ["query", "q_lin"]), (GraloraConfig, "all-linear"), (NativeConfig, ["query", "q_lin"])],
+)
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.filterwarnings("ignore:`target_modules` names that match no module")
+def test_heads_train_save_load_and_merge_as_loras(head, kind, targets, tmp_path):
+    def trained(model):
+        return {name for name, p in model.named_parameters() if p.requires_grad and "ora_" not in name}
+
+    lora = get_peft_model(bert(head), LoraConfig(target_modules=["query", "q_lin"], task_type=HEADS[head]))
+    mine = kind(r=8, target_modules=targets, task_type=HEADS[head])
+    model = get_peft_model(bert(head), mine)
+    assert trained(model) == trained(lora) != set()
+    assert model.peft_config["default"].modules_to_save == mine.modules_to_save
+    tokens = torch.arange(3, 12)[None]
+    start = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    model(tokens)[0].square().sum().backward()
+    optimizer.step()
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, start[name])}
+    wanted = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert changed == {name for name in wanted if "gralora_A" not in name}  # which has no gradient while B is zero
+    expected = model(tokens)[0]
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(bert(head), tmp_path)(tokens)[0], expected)
+    torch.testing.assert_close(model.merge_and_unload()(tokens)[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_head_that_is_trained_whole_is_no_target():
+    mine = config(target_modules=["query", "classifier"], task_type="TOKEN_CLS")
+    assert_refused(
+        bert(BertForTokenClassification),
+        mine,
+        ValueError,
+        "'classifier' can't be adapted: PEFT trains this module whole",
+    )
+
+
 def test_modules_to_save_of_a_plain_head(tmp_path):
     torch.manual_seed(0)
     settings = LlamaConfig(
@@ -301,6 +570,22 @@ def test_trainable_tokens_train_save_load_and_merge(tmp_path):
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path)
     assert torch.equal(loaded(tokens).logits, expected)
     torch.testing.assert_close(model.merge_and_unload()(tokens).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.filterwarnings("ignore:This adapter uses `trainable_token_indices`:UserWarning")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.filterwarnings("ignore:1 adapted layers can't be merged:UserWarning")
+def test_trainable_tokens_of_a_tied_model_load(low_cpu_mem_usage, tmp_path):
+    mine = config(target_modules=["q_proj", "lm_head"], trainable_token_indices=[3, 5])
+    model = randomise(get_peft_model(tiny_llama(tie_word_embeddings=True), mine))
+    with torch.no_grad():
+        model.get_input_embeddings().token_adapter.trainable_tokens_delta["default"].add_(1.0)
+    model.save_pretrained(tmp_path)
+    base = tiny_llama(tie_word_embeddings=True)
+    loaded = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    tokens = torch.arange(8)[None]
+    assert torch.equal(loaded(tokens).logits, model.eval()(tokens).logits)
 
 
 # Adapters, several of them -------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -20,7 +21,8 @@ def obstacle_to_merging(base: nn.Module, backend: QuantizationBackend | None) ->
     """Return why the weight of `base` can't be read and rewritten, or None where it can."""
     if backend is not None:
         return None if backend.supports_merge else f"{backend.backend_name} weights can't be written"
-    weight = getattr(base, "weight", None)
+    # PEFT's wrapper of trainable tokens computes its `weight` when asked, from tensors that may be on meta.
+    weight = None if isinstance(base, AuxiliaryTrainingWrapper) else getattr(base, "weight", None)
     if not isinstance(weight, nn.Parameter):
         return f"its base, {type(base).__name__}, holds no plain `weight` parameter"
     if not isinstance(weight, DTensor) and type(weight) is not nn.Parameter:

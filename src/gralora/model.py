@@ -1,5 +1,6 @@
 """GraloraModel: finds the targets, checks them all, then puts the layers in."""
 
+import copy
 import difflib
 import warnings
 from collections import Counter
@@ -15,16 +16,18 @@ from peft.tuners.tuners_utils import (
     _ExcludedModule,
     _get_in_out_features,
     _maybe_include_all_linear_layers,
+    check_target_module_exists,
     onload_layer,
 )
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, TaskType
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from gralora.base_weight import agreed
-from gralora.config import ALL_LINEAR, GraloraConfig
+from gralora.config import GraloraConfig, LayerSettings
 from gralora.layer import GraloraLayer, Linear, resolve_base
 from gralora.shared_weights import sharing_in
+from gralora.targets import exact_targets
 
 # Modules whose caller reads their weight instead of calling them, by transformers' `model_type`: an
 # adapter there would train and do nothing.
@@ -42,18 +45,52 @@ _WEIGHT_READERS = {
 }
 
 
+# Heads that PEFT trains whole, by `task_type`. It adds them to `modules_to_save`, some only after injection.
+_HEADS = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
+
+
 @dataclass
 class _Target:
-    """A module that an adapter is about to be put on."""
+    """A module that an adapter is about to be put on.
 
-    name: str
-    parent: nn.Module
+    One module may hang at several places of the model. Its first name is the one that PEFT knows.
+    """
+
     module: nn.Module
+    places: list[tuple[str, nn.Module]]  # full name and parent
+
+    @property
+    def name(self) -> str:
+        return self.places[0][0]
+
+    @property
+    def parents(self) -> list[nn.Module]:
+        return [parent for _, parent in self.places]
+
+    def settings(self, config: GraloraConfig) -> LayerSettings:
+        """Return what the adapter is on this module, whose names must agree on it."""
+        settings = {config.settings_for(name) for name, _ in self.places}
+        if len(settings) > 1:
+            names = ", ".join(repr(name) for name, _ in self.places)
+            raise ValueError(
+                f"a module has one adapter, and `rank_pattern`, `alpha_pattern` and `k_pattern` give different values "
+                f"to its names {names}. Write keys that match all of them."
+            )
+        return settings.pop()
 
     def misfit(self, config: GraloraConfig) -> str | None:
-        settings = config.settings_for(self.name)
+        settings = self.settings(config)
         in_features, out_features = _widths(self.module)
         return GraloraLayer.misfit(settings.gralora_k, settings.r, in_features, out_features)
+
+    def is_trained_whole(self, config: GraloraConfig) -> bool:
+        """Whether PEFT trains a copy of it: it takes each module whose name ends in one of `modules_to_save`."""
+        endings = (*_HEADS.get(config.task_type, ()), *(config.modules_to_save or ()))
+        return any(part.endswith(endings) for name, _ in self.places for part in _paths(name))
 
 
 class GraloraModel(BaseTuner):
@@ -65,6 +102,8 @@ class GraloraModel(BaseTuner):
 
     prefix = "gralora_"
     tuner_layer_cls = GraloraLayer
+    _places: dict[int, list[tuple[str, nn.Module]]] = {}  # by the module's id, as of the latest walk
+    _names: dict[str, list[str]] = {}
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(
@@ -77,28 +116,33 @@ class GraloraModel(BaseTuner):
     ) -> None:
         """Put the adapter `adapter_name` on `model` (PEFT's contract), or leave it as it was.
 
-        The config is copied first, so that the caller's stays untouched and PEFT's own class is taken too.
+        A config of ours is kept, as PEFT changes it later, and `target_modules` is resolved in it; one of PEFT's
+        own class is converted.
 
         Raises:
-            ValueError: A width that `gralora_k` can't divide, or a layer whose weight is read by its caller.
+            ValueError: A width that `gralora_k` can't divide, a layer whose weight is read by its caller, or a head
+                that PEFT trains whole.
             TypeError: A module of a kind that GraLoRA can't adapt.
             RuntimeError: A base weight that lies on disk.
         """
         # A plain assignment, not an item of `other_param_names`: BaseTuner offers no way to pass it on.
         self._create_on_meta = low_cpu_mem_usage
         with _all_or_nothing(model, self.peft_config, adapter_name):
-            config = self.peft_config[adapter_name] = GraloraConfig.copy_of(self.peft_config[adapter_name])
-            asked = config.target_modules
+            config = self.peft_config[adapter_name] = GraloraConfig.adopt(self.peft_config[adapter_name])
+            asked, all_linear = config.target_modules, config.asks_for_all_linear
             config = self._prepare_adapter_config(config, self.get_model_config(model))
+            self._places = _places(model)
+            self._names = {places[0][0]: [name for name, _ in places] for places in self._places.values()}
             targets = self._find_targets(model, config, state_dict)
-            if isinstance(asked, str) and asked.lower() == ALL_LINEAR and state_dict is None:
-                targets = _leave_out_misfits(targets, config)
-                config.target_modules = {target.name for target in targets}
+            if all_linear:
+                targets = targets if state_dict else self._leave_out_misfits(targets, config)
+                config.target_modules = self._exact_targets(targets, model)
             elif isinstance(asked, set) and state_dict is None:
-                _warn_of_unmatched_names(asked, model)
+                _warn_of_unmatched_names(asked, self._places)
             for target in targets:
                 self._check_target(target, config, model)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        self._places = {}
         self._mark_shared_weights()
         _announce_unmergeable(target for target in targets if not isinstance(target.module, GraloraLayer))
 
@@ -240,9 +284,12 @@ class GraloraModel(BaseTuner):
 
     def _check_target(self, target: _Target, config: GraloraConfig, model: nn.Module) -> None:
         try:
-            self._check_target_module_compatiblity(config, model, target.name.rpartition(".")[2])
-            if isinstance(target.parent, nn.MultiheadAttention):
-                raise TypeError("nn.MultiheadAttention reads this layer's weight instead of calling it")
+            if target.is_trained_whole(config):
+                raise ValueError("PEFT trains this module whole, by `modules_to_save` or `task_type`.")
+            for name, parent in target.places:
+                self._check_target_module_compatiblity(config, model, name.rpartition(".")[2])
+                if isinstance(parent, nn.MultiheadAttention):
+                    raise TypeError("nn.MultiheadAttention reads this layer's weight instead of calling it.")
             if not isinstance(target.module, GraloraLayer):
                 resolve_base(target.module, **get_quantization_kwargs(model))
             if misfit := target.misfit(config):
@@ -267,24 +314,66 @@ class GraloraModel(BaseTuner):
                 "adapter there does nothing."
             )
 
+    def _check_target_module_exists(self, peft_config: GraloraConfig, key: str) -> Any:
+        # PEFT asks for the first name of a module; the others count as well.
+        matches = [check_target_module_exists(peft_config, name) for name in self._names.get(key, [key])]
+        return next((match for match in matches if isinstance(match, _ExcludedModule)), any(matches))
+
     def _find_targets(
         self, model: nn.Module, config: GraloraConfig, state_dict: dict[str, Tensor] | None
     ) -> list[_Target]:
-        """Return what PEFT's own matching will choose, without changing anything but `config.target_modules`."""
+        """Return the modules that `config` or the keys of `state_dict` choose, without changing anything.
+
+        `"all-linear"` chooses modules; other targets choose names, as PEFT matches them.
+        """
         modules = dict(model.named_modules())
-        inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
         if state_dict is None:
-            _maybe_include_all_linear_layers(config, model)
-            matches = {name: self._check_target_module_exists(config, name) for name in modules}
-            chosen = [name for name, match in matches.items() if match and not isinstance(match, _ExcludedModule)]
+            resolved = copy.copy(config)
+            _maybe_include_all_linear_layers(resolved, model)
+            chosen = [name for name in modules if self._check_target_module_exists(resolved, name)]
+            if config.asks_for_all_linear:
+                chosen = [name for name in chosen if name in resolved.target_modules]
         else:
             named = {key.rsplit(f".{self.prefix}", 1)[0].removeprefix("_orig_mod.") for key in state_dict}
             chosen = [name for name in modules if name.removeprefix("_orig_mod.") in named]
+        inside = _inside_tuner_layers(model)
         return [
-            _Target(name, modules[name.rpartition(".")[0]], modules[name])
+            _Target(modules[name], self._places[id(modules[name])])
             for name in chosen
             if name and not name.startswith(inside)
         ]
+
+    def _leave_out_misfits(self, targets: list[_Target], config: GraloraConfig) -> list[_Target]:
+        """Return the targets that fit; say once which of "all linear layers" do not."""
+        targets = [target for target in targets if not target.is_trained_whole(config)]
+        readers = _WEIGHT_READERS.get(self.get_model_config(self.model).get("model_type"), ())
+        fitting, left_out = [], []
+        for target in targets:
+            is_read = any(
+                isinstance(p, nn.MultiheadAttention) or n.rpartition(".")[2] in readers for n, p in target.places
+            )
+            (left_out if is_read or target.misfit(config) else fitting).append(target)
+        if targets and not fitting:
+            reason = targets[0].misfit(config) or "its weight is read without calling it."
+            raise ValueError(
+                f"`target_modules='all-linear'` must find a layer that can be adapted; none of {len(targets)} can. "
+                f"{targets[0].name!r}: {reason}"
+            )
+        if left_out:
+            names = ", ".join(repr(target.name) for target in left_out[:8])
+            more = f" and {len(left_out) - 8} more" if len(left_out) > 8 else ""
+            warnings.warn(
+                f"`target_modules='all-linear'` leaves out {names}{more}: `gralora_k={config.gralora_k}` does not "
+                "divide their widths, or their weight is read without calling them. Name them in `exclude_modules` to "
+                "silence this.",
+                stacklevel=2,
+            )
+        return fitting
+
+    def _exact_targets(self, targets: list[_Target], model: nn.Module) -> set[str] | str:
+        chosen, inside = {id(target.module) for target in targets}, _inside_tuner_layers(model)
+        others = (name for key, places in self._places.items() if key not in chosen for name, _ in places)
+        return exact_targets([target.name for target in targets], [n for n in others if not n.startswith(inside)])
 
     def _create_and_replace(
         self,
@@ -296,20 +385,30 @@ class GraloraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = target
+        layer, found = target, _Target(target, self._places_of(target))
         if not isinstance(layer, GraloraLayer):
             backend = resolve_base(target, **get_quantization_kwargs(self.model))
             layer = Linear(target, *_widths(target), quantization_backend=backend)
-            if isinstance(parent, nn.TransformerEncoderLayer):
+            if any(isinstance(parent, nn.TransformerEncoderLayer) for parent in found.parents):
                 # PyTorch's inference fast path reads the weights of its linears; a hook on one turns it off.
                 layer.register_forward_pre_hook(_do_nothing)
-        layer.add_adapter(adapter_name, peft_config.settings_for(current_key), on_meta=self._create_on_meta)
+        layer.add_adapter(adapter_name, found.settings(peft_config), on_meta=self._create_on_meta)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's version copies `weight` over, which a head that is a container of modules does not have.
+        # PEFT's version copies `weight` over, which a head that is a container of modules does not have, and
+        # replaces a module that hangs at several places at one of them.
+        places = self._places_of(child)
         setattr(parent, child_name, new_module)
+        for name, owner in places:
+            if owner._modules.get(name.rpartition(".")[2]) is child:
+                setattr(owner, name.rpartition(".")[2], new_module)
+
+    def _places_of(self, module: nn.Module) -> list[tuple[str, nn.Module]]:
+        if id(module) not in self._places:
+            self._places = _places(self.model)
+        return self._places[id(module)]
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -339,6 +438,18 @@ class GraloraModel(BaseTuner):
                 stacklevel=2,
             )
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: GraloraConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        # A module at several places is saved under its first name, and looked for under each.
+        names = {at[0][0]: [name for name, _ in at[1:]] for at in _places(model).values() if len(at) > 1}
+        for key, tensor in list(found.items()):
+            holder, _, parameter = key.rpartition(".")
+            found |= {f"{name}.{parameter}": tensor for name in names.get(holder, ())}
+        return found
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -375,9 +486,33 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
             layer.scaling.update(scaling)
 
 
+def _places(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
+    """Return the full name and the parent of each place where a module hangs, by its id."""
+    places: dict[int, list[tuple[str, nn.Module]]] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, module in modules.items():
+        if name:
+            places.setdefault(id(module), []).append((name, modules[name.rpartition(".")[0]]))
+    return places
+
+
+def _inside_tuner_layers(model: nn.Module) -> tuple[str, ...]:
+    """Return the beginnings of all names inside tuner layers."""
+    named = model.named_modules(remove_duplicate=False)
+    return tuple(f"{name}." for name, module in named if isinstance(module, BaseTunerLayer))
+
+
+def _paths(name: str) -> list[str]:
+    """Return `name` and the names of the modules around it."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+
+
 @contextmanager
 def _all_or_nothing(model: nn.Module, configs: dict[str, Any], adapter_name: str) -> Iterator[None]:
-    """Put the module tree, `requires_grad` and the adapter's settings back if the body raises."""
+    """Put the module tree, `requires_grad`, the adapter's settings and the config back if the body raises."""
+    config = configs[adapter_name]
+    fields = dict(vars(config))
     children = [(module, dict(module._modules)) for module in model.modules()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     active = [(m, m._active_adapter) for m in model.modules() if isinstance(m, GraloraLayer)]
@@ -385,6 +520,8 @@ def _all_or_nothing(model: nn.Module, configs: dict[str, Any], adapter_name: str
         yield
     except BaseException:
         configs.pop(adapter_name, None)
+        vars(config).clear()
+        vars(config).update(fields)
         for module, submodules in children:
             module._modules.clear()
             module._modules.update(submodules)
@@ -409,31 +546,14 @@ def _check_finite_update(name: str, layer: GraloraLayer, adapter_names: list[str
             )
 
 
-def _leave_out_misfits(targets: list[_Target], config: GraloraConfig) -> list[_Target]:
-    """Return the targets that fit; say once which of "all linear layers" do not."""
-    fitting, left_out = [], []
-    for target in targets:
-        misfits = isinstance(target.parent, nn.MultiheadAttention) or target.misfit(config)
-        (left_out if misfits else fitting).append(target)
-    if left_out:
-        names = ", ".join(repr(target.name) for target in left_out[:8])
-        more = f" and {len(left_out) - 8} more" if len(left_out) > 8 else ""
-        warnings.warn(
-            f"`target_modules='all-linear'` leaves out {names}{more}: `gralora_k={config.gralora_k}` does not divide "
-            "their widths, or their weight is read without calling them. Name them in `exclude_modules` to "
-            "silence this.",
-            stacklevel=2,
-        )
-    return fitting
-
-
-def _warn_of_unmatched_names(asked: set[str], model: nn.Module) -> None:
+def _warn_of_unmatched_names(asked: set[str], places: dict[int, list[tuple[str, nn.Module]]]) -> None:
     """Name the entries of a target list that match nothing; where nothing matches at all, PEFT raises."""
-    names = [name for name, _ in model.named_modules()]
+    names = [name for module_places in places.values() for name, _ in module_places]
     unmatched = sorted(t for t in asked if not any(name == t or name.endswith(f".{t}") for name in names))
     if not unmatched or len(unmatched) == len(asked):
         return
-    last_parts = {name.rpartition(".")[2] for name, m in model.named_modules() if not list(m.children())}
+    parents = {id(parent) for module_places in places.values() for _, parent in module_places}
+    last_parts = {at[0][0].rpartition(".")[2] for key, at in places.items() if key not in parents}
     hints = []
     for target in unmatched:
         near = difflib.get_close_matches(target.rpartition(".")[2], sorted(last_parts), n=3)
@@ -444,7 +564,7 @@ def _warn_of_unmatched_names(asked: set[str], model: nn.Module) -> None:
 def _announce_unmergeable(targets: Iterator[_Target]) -> None:
     obstacles = Counter()
     for target in targets:
-        layer = getattr(target.parent, target.name.rpartition(".")[2])
+        layer = getattr(target.parents[0], target.name.rpartition(".")[2])
         if isinstance(layer, GraloraLayer) and (obstacle := layer.obstacle_to_merging()):
             obstacles[obstacle] += 1
     for obstacle, count in obstacles.items():
