@@ -538,6 +538,9 @@ def test_a_head_that_is_trained_whole_is_no_target():
         ValueError,
         "'classifier' can't be adapted: PEFT trains this module whole",
     )
+    mine = config(target_modules=["classifier"], task_type="SEQ_CLS")
+    model = inject_adapter_in_model(mine, bert(BertForSequenceClassification))  # PEFT trains no head here
+    assert adapted(model) == ["classifier"]
 
 
 def test_modules_to_save_of_a_plain_head(tmp_path):

@@ -45,9 +45,8 @@ _WEIGHT_READERS = {
 }
 
 
-# Heads that PEFT trains whole, by `task_type`. It adds them to `modules_to_save`, some only after injection.
+# Heads that PEFT trains whole, by `task_type`, and adds to `modules_to_save` only after injection.
 _HEADS = {
-    TaskType.SEQ_CLS: ("classifier", "score"),
     TaskType.TOKEN_CLS: ("classifier", "score"),
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
@@ -77,7 +76,7 @@ class _Target:
         if len(settings) > 1:
             names = ", ".join(repr(name) for name, _ in self.places)
             raise ValueError(
-                f"a module has one adapter, and `rank_pattern`, `alpha_pattern` and `k_pattern` give different values "
+                "a module has one adapter, and `rank_pattern`, `alpha_pattern` and `k_pattern` give different values "
                 f"to its names {names}. Write keys that match all of them."
             )
         return settings.pop()
