@@ -23,6 +23,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, TaskT
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
+from gralora import tensor_parallel
 from gralora.base_weight import agreed
 from gralora.config import GraloraConfig, LayerSettings
 from gralora.layer import GraloraLayer, Linear, resolve_base
@@ -387,7 +388,12 @@ class GraloraModel(BaseTuner):
         layer, found = target, _Target(target, self._places_of(target))
         if not isinstance(layer, GraloraLayer):
             backend = resolve_base(target, **get_quantization_kwargs(self.model))
-            layer = Linear(target, *_widths(target), quantization_backend=backend)
+            if placement := tensor_parallel.placement_of(
+                self.model, current_key, target, quantised=backend is not None
+            ):
+                layer = tensor_parallel.TensorParallelLinear(target, *_widths(target), *placement, backend)
+            else:
+                layer = Linear(target, *_widths(target), quantization_backend=backend)
             if any(isinstance(parent, nn.TransformerEncoderLayer) for parent in found.parents):
                 # PyTorch's inference fast path reads the weights of its linears; a hook on one turns it off.
                 layer.register_forward_pre_hook(_do_nothing)
@@ -574,6 +580,8 @@ def _announce_unmergeable(targets: Iterator[_Target]) -> None:
 
 def _widths(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, GraloraLayer):
+        return module.in_features, module.out_features
+    if isinstance(module, nn.Linear):  # PEFT takes those of the slice under tensor parallelism
         return module.in_features, module.out_features
     return _get_in_out_features(module)
 
