@@ -23,9 +23,9 @@ def obstacle_to_merging(base: nn.Module, backend: QuantizationBackend | None) ->
         return None if backend.supports_merge else f"{backend.backend_name} weights can't be written"
     # PEFT's wrapper of trainable tokens computes its `weight` when asked, from tensors that may be on meta.
     weight = None if isinstance(base, AuxiliaryTrainingWrapper) else getattr(base, "weight", None)
-    if not isinstance(weight, nn.Parameter):
+    if not isinstance(weight, Tensor if _flattened_by_fsdp1(base) else nn.Parameter):
         return f"its base, {type(base).__name__}, holds no plain `weight` parameter"
-    if not isinstance(weight, DTensor) and type(weight) is not nn.Parameter:
+    if type(weight) not in (nn.Parameter, Tensor, DTensor):
         return f"its base weight is a {type(weight).__name__}"
     if not weight.is_floating_point() or weight.dtype.itemsize == 1:
         return f"its base weight is of type {weight.dtype}"
@@ -37,13 +37,15 @@ def absence(base: nn.Module) -> str | None:
     weight = getattr(base, "weight", None)
     if isinstance(weight, DTensor):
         return None
-    if isinstance(weight, nn.Parameter) and weight.is_floating_point() and weight.dim() != 2:
+    flat = isinstance(weight, nn.Parameter) and weight.is_floating_point() and weight.dim() != 2
+    if flat or (_flattened_by_fsdp1(base) and not isinstance(weight, nn.Parameter)):
         return (
-            f"only a shard of its base weight is here, of shape {tuple(weight.shape)}. Merge and unmerge inside one "
-            "`with` of FSDP's `summon_full_params` or DeepSpeed's `GatheredParameters`."
+            "only a shard of its base weight is here. Merge and unmerge inside one `with` of FSDP's "
+            "`summon_full_params` or DeepSpeed's `GatheredParameters`."
         )
-    # Both kinds of FSDP set the first mark, on modules; the second, on parameters, only FSDP1 does.
-    if getattr(base, "_is_fsdp_managed_module", False) and not getattr(weight, "_fsdp_flattened", False):
+    # Both kinds of FSDP mark their modules so; FSDP1 alone marks the parameter, or says that it was flattened.
+    fsdp1 = getattr(weight, "_fsdp_flattened", False) or _flattened_by_fsdp1(base)
+    if getattr(base, "_is_fsdp_managed_module", False) and not fsdp1:
         return (
             "its base weight is gathered for a forward pass, so that what is written to it would be lost. Call "
             "`reshard()` of the model that `fully_shard` returned first."
@@ -65,6 +67,11 @@ def separation_refusal(base: nn.Module, sharing: Sharing, own_weights: bool) -> 
             "`target_modules`."
         )
     return None
+
+
+def _flattened_by_fsdp1(base: nn.Module) -> bool:
+    """Return whether FSDP1 (`use_orig_params=False`) makes a parameter of the weight in `summon_full_params` only."""
+    return not getattr(base, "_fsdp_use_orig_params", True)
 
 
 def prepare(

@@ -36,12 +36,12 @@ class Factor(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
-        # PEFT's FSDP policy shards every trainable leaf by itself, and frees its weight when its forward returns.
-        self.no_leaf = nn.Identity()
 
     def forward(self) -> Tensor:
         """Return the tensor."""
-        return self.weight
+        weight = self.weight
+        # PEFT's FSDP1 policy makes this a unit of its own, whose weight is a view of memory that is freed on return.
+        return weight if type(weight) is nn.Parameter else weight.clone()
 
 
 class FactorDict(nn.ModuleDict):

@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
     onload_layer,
 )
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, TaskType
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper, TaskType
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
@@ -28,6 +28,7 @@ from gralora.base_weight import agreed
 from gralora.config import GraloraConfig, LayerSettings
 from gralora.layer import GraloraLayer, Linear, resolve_base
 from gralora.shared_weights import sharing_in
+from gralora.sharded import gathered, plain_name
 from gralora.targets import exact_targets
 
 # Modules whose caller reads their weight instead of calling them, by transformers' `model_type`: an
@@ -442,7 +443,20 @@ class GraloraModel(BaseTuner):
                 "`merge_and_unload()` returns.",
                 stacklevel=2,
             )
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        layers = {plain_name(name) for name, module in model.named_modules() if isinstance(module, GraloraLayer)}
+
+        def is_adapters(key: str) -> bool:
+            if key == "bias" or key.endswith(".bias"):
+                of_layer = key.removesuffix(".base_layer.bias") in layers
+                return config.bias == "all" or (config.bias == "gralora_only" and of_layer)
+            return key.rpartition(f".{cls.prefix}")[0] in layers
+
+        # PEFT takes what else is saved out of `state_dict` after this.
+        others = tuple(
+            f"{plain_name(name)}." for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)
+        )
+        state_dict |= gathered(model, {key: t for key, t in state_dict.items() if key.startswith(others)})
+        return gathered(model, {key: t for key, t in state_dict.items() if is_adapters(key)})
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

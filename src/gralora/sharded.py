@@ -1,0 +1,48 @@
+"""Saving an adapter whose tensors FSDP or DeepSpeed's ZeRO-3 have sharded."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+# What FSDP1 and torch's activation checkpointing put into the names of modules, but not into a state dict.
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def plain_name(name: str) -> str:
+    """Return the name of a module as the keys of a state dict have it."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def gathered(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return `tensors` whole, where each process holds a shard; every process must come here then.
+
+    Args:
+        model: Model that they are of.
+        tensors: Part of its state dict.
+
+    Raises:
+        RuntimeError: A tensor that can't be gathered from here.
+    """
+    whole = {key: t.full_tensor() if isinstance(t, DTensor) else t for key, t in tensors.items()}
+    # ZeRO-3 leaves an empty tensor in a parameter's place, and its shape in the parameter.
+    parameters: dict[str, Any] = {
+        plain_name(name): p
+        for name, p in model.named_parameters()
+        if hasattr(p, "ds_shape") and plain_name(name) in whole and whole[plain_name(name)].shape != p.ds_shape
+    }
+    if parameters:
+        from deepspeed.zero import GatheredParameters  # pyright: ignore[reportMissingImports]
+
+        with GatheredParameters(list(parameters.values())):
+            whole |= {name: p.detach().clone() for name, p in parameters.items()}
+    for key, tensor in whole.items():
+        if type(tensor) not in (Tensor, nn.Parameter) or not tensor.numel():
+            raise RuntimeError(
+                f"`save_pretrained` must find whole tensors; got a {type(tensor).__name__} of shape "
+                f"{tuple(tensor.shape)} for {key!r}. Save from every process inside FSDP's `summon_full_params` or "
+                "DeepSpeed's `GatheredParameters`, or pass `state_dict=accelerator.get_state_dict(model)`."
+            )
+    return whole
