@@ -27,8 +27,8 @@ from gralora import tensor_parallel
 from gralora.base_weight import agreed
 from gralora.config import GraloraConfig, LayerSettings
 from gralora.layer import GraloraLayer, Linear, resolve_base
+from gralora.sharded import check_whole, gathered, plain_name
 from gralora.shared_weights import sharing_in
-from gralora.sharded import gathered, plain_name
 from gralora.targets import exact_targets
 
 # Modules whose caller reads their weight instead of calling them, by transformers' `model_type`: an
@@ -451,12 +451,14 @@ class GraloraModel(BaseTuner):
                 return config.bias == "all" or (config.bias == "gralora_only" and of_layer)
             return key.rpartition(f".{cls.prefix}")[0] in layers
 
-        # PEFT takes what else is saved out of `state_dict` after this.
+        tensors = gathered(model, {key: tensor for key, tensor in state_dict.items() if is_adapters(key)})
+        check_whole(tensors)
+        # What else is saved, PEFT takes out of `state_dict` after this.
         others = tuple(
-            f"{plain_name(name)}." for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)
+            f"{plain_name(name)}." for name, module in model.named_modules() if _is_saved_beside(module, model)
         )
-        state_dict |= gathered(model, {key: t for key, t in state_dict.items() if key.startswith(others)})
-        return gathered(model, {key: t for key, t in state_dict.items() if is_adapters(key)})
+        state_dict |= gathered(model, {key: tensor for key, tensor in state_dict.items() if key.startswith(others)})
+        return tensors
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -590,6 +592,12 @@ def _announce_unmergeable(targets: Iterator[_Target]) -> None:
         warnings.warn(
             f"{count} adapted layers can't be merged, because of each {obstacle}. They train and serve.", stacklevel=2
         )
+
+
+def _is_saved_beside(module: nn.Module, model: nn.Module) -> bool:
+    """Return whether PEFT may save a module with the adapter: one that is trained whole, or an embedding."""
+    embeddings = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
+    return isinstance(module, AuxiliaryTrainingWrapper) or any(module is e for e in embeddings if e is not None)
 
 
 def _widths(module: nn.Module) -> tuple[int, int]:

@@ -22,9 +22,6 @@ def gathered(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     Args:
         model: Model that they are of.
         tensors: Part of its state dict.
-
-    Raises:
-        RuntimeError: A tensor that can't be gathered from here.
     """
     whole = {key: t.full_tensor() if isinstance(t, DTensor) else t for key, t in tensors.items()}
     # ZeRO-3 leaves an empty tensor in a parameter's place, and its shape in the parameter.
@@ -34,15 +31,23 @@ def gathered(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if hasattr(p, "ds_shape") and plain_name(name) in whole and whole[plain_name(name)].shape != p.ds_shape
     }
     if parameters:
-        from deepspeed.zero import GatheredParameters  # pyright: ignore[reportMissingImports]
+        import deepspeed  # pyright: ignore[reportMissingImports]
 
-        with GatheredParameters(list(parameters.values())):
+        with deepspeed.zero.GatheredParameters(list(parameters.values())):
             whole |= {name: p.detach().clone() for name, p in parameters.items()}
-    for key, tensor in whole.items():
+    return whole
+
+
+def check_whole(tensors: dict[str, Tensor]) -> None:
+    """Refuse to save a shard that `gathered` could not gather.
+
+    Raises:
+        RuntimeError: A tensor of another kind, or without elements.
+    """
+    for key, tensor in tensors.items():
         if type(tensor) not in (Tensor, nn.Parameter) or not tensor.numel():
             raise RuntimeError(
                 f"`save_pretrained` must find whole tensors; got a {type(tensor).__name__} of shape "
                 f"{tuple(tensor.shape)} for {key!r}. Save from every process inside FSDP's `summon_full_params` or "
                 "DeepSpeed's `GatheredParameters`, or pass `state_dict=accelerator.get_state_dict(model)`."
             )
-    return whole
