@@ -444,12 +444,13 @@ class GraloraModel(BaseTuner):
                 stacklevel=2,
             )
         layers = {plain_name(name) for name, module in model.named_modules() if isinstance(module, GraloraLayer)}
+        containers = {f"{layer}.{container}" for layer in layers for container in GraloraLayer.adapter_layer_names}
 
         def is_adapters(key: str) -> bool:
             if key == "bias" or key.endswith(".bias"):
                 of_layer = key.removesuffix(".base_layer.bias") in layers
                 return config.bias == "all" or (config.bias == "gralora_only" and of_layer)
-            return key.rpartition(f".{cls.prefix}")[0] in layers
+            return key.rsplit(".", 2)[0] in containers  # `….gralora_A.<adapter>.weight`
 
         tensors = gathered(model, {key: tensor for key, tensor in state_dict.items() if is_adapters(key)})
         check_whole(tensors)
