@@ -517,19 +517,23 @@ class Linear(GraloraLayer):
             return torch.nested.as_nested_tensor(
                 [self._add_update(*part, adapter_name, factors) for part in parts], layout=result.layout
             )
+        inputs, factors = self._operands(x, adapter_name, factors)
+        rows = result.reshape(-1, self.out_features)
+        with fused.without_autocast(x):
+            if result.dtype == inputs.dtype:
+                updated = blocks.add(rows, inputs, factors, 1.0)
+            else:
+                updated = (rows + blocks.apply(inputs, factors, 1.0)).to(result.dtype)
+        return updated.view(result.shape)
+
+    def _operands(self, x: Tensor, adapter_name: str, factors: blocks.Factors) -> tuple[Tensor, blocks.Factors]:
+        """Return what is multiplied: the rows of x after dropout, and the factors, the scale on the B's."""
         # Small tensors follow the big ones: the factors go to the compute dtype, x goes up to theirs in float16 alone.
         dtype = fused.compute_dtype(x)
         if dtype == torch.float16:
             dtype = factors.widest(dtype)
-        factors = factors.scaled(self.scaling[adapter_name], dtype, x.device)
-        x = self.gralora_dropout[adapter_name](x).reshape(-1, self.in_features).to(dtype)
-        rows = result.reshape(-1, self.out_features)
-        with fused.without_autocast(x):
-            if result.dtype == dtype:
-                updated = blocks.add(rows, x, factors, 1.0)
-            else:
-                updated = (rows + blocks.apply(x, factors, 1.0)).to(result.dtype)
-        return updated.view(result.shape)
+        rows = self.gralora_dropout[adapter_name](x).reshape(-1, x.shape[-1]).to(dtype)
+        return rows, factors.scaled(self.scaling[adapter_name], dtype, x.device)
 
 
 def resolve_base(module: nn.Module, **quantization: Any) -> QuantizationBackend | None:

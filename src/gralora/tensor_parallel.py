@@ -146,14 +146,13 @@ class TensorParallelLinear(Linear):
                 f"the input of a {self.layout.value!r} layer must have {width} of its {self.in_features} features in "
                 f"this process; got {x.shape[-1]}. The plan of the model and what its modules pass on do not agree."
             )
-        dtype = fused.compute_dtype(x)
-        factors = factors.to(dtype, x.device)
-        rows = self.gralora_dropout[adapter_name](x).reshape(-1, width).to(dtype)
-        if self.layout is Layout.OUT_SLICE:
-            update = out_slice_update(rows, factors, _own(self.out_features, self.mesh), self.mesh)
-        else:
-            update = in_slice_update(rows, factors, _own(self.in_features, self.mesh), self.mesh)
-        return result + (update * self.scaling[adapter_name]).to(result.dtype).view(result.shape)
+        rows, factors = self._operands(x, adapter_name, factors)
+        with fused.without_autocast(x):
+            if self.layout is Layout.OUT_SLICE:
+                update = out_slice_update(rows, factors, _own(self.out_features, self.mesh), self.mesh)
+            else:
+                update = in_slice_update(rows, factors, _own(self.in_features, self.mesh), self.mesh)
+        return (result + update.view(result.shape)).to(result.dtype)
 
 
 class CommonDropout(nn.Dropout):
@@ -173,7 +172,7 @@ class CommonDropout(nn.Dropout):
 def out_slice_update(
     x: Float[Tensor, "t in"], factors: Factors, own: range, mesh: DeviceMesh
 ) -> Float[Tensor, "t own"]:
-    """Return the output features `own` of the unscaled update."""
+    """Return the output features `own` of the update by `factors`."""
     A, B, A_general, B_general = factors
     k, n, _ = A.shape
     B = _sum_gradient(B, mesh)
@@ -188,7 +187,7 @@ def out_slice_update(
 def in_slice_update(
     x: Float[Tensor, "t own"], factors: Factors, own: range, mesh: DeviceMesh
 ) -> Float[Tensor, "t out"]:
-    """Return the unscaled update, of which `x` is the input features `own`."""
+    """Return the update by `factors`, of which `x` is the input features `own`."""
     A, B, A_general, B_general = factors
     k, n, r = A.shape
     A = _sum_gradient(A, mesh)
