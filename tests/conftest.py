@@ -97,10 +97,12 @@ def native_peft():
     config = importlib.import_module("peft.tuners.gralora.config").GraloraConfig
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.GRALORA] = config
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.GRALORA] = importlib.import_module("peft.tuners.gralora.model").GraloraModel
+    gralora.GraloraConfig.is_registered = False
     try:
         yield config
     finally:
         PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.GRALORA], PEFT_TYPE_TO_TUNER_MAPPING[PeftType.GRALORA] = ours
+        gralora.GraloraConfig.is_registered = True
 
 
 def randomise(model, std=0.05):

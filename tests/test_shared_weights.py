@@ -190,6 +190,14 @@ def test_own_weights_leave_another_model_alone():
     assert torch.equal(other(x), others)
 
 
+def test_a_merge_that_changes_nothing_gives_the_tie_back():
+    model = adapted(same_parameter, "before")
+    model.base_model.model.a.set_scale("default", 0.0)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert model.base_model.model.a.base_layer.weight is model.base_model.model.b.weight
+
+
 def test_moving_a_model_with_a_tied_weight_that_is_merged():
     model = adapted(same_parameter, "before")
     x = torch.randn(3, 8)

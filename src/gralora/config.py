@@ -5,7 +5,7 @@ import copy
 import math
 import warnings
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -105,6 +105,7 @@ class GraloraConfig(PeftConfig):
     k_pattern: dict[str, int] | None = field(default_factory=dict)
     use_rslora: bool = False
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    is_registered: ClassVar[bool] = False  # whether PEFT uses our tuner
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -133,6 +134,8 @@ class GraloraConfig(PeftConfig):
         Raises:
             ValueError: The tuner that PEFT uses does not know a field that is set.
         """
+        if self.is_registered:  # asked in every forward pass, compiled ones included
+            return False
         known = {f.name for f in fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.GRALORA])}
         if unknown := [name for name in EXTRA_FIELDS if name not in known and getattr(self, name)]:
             raise ValueError(

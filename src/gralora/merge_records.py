@@ -80,11 +80,11 @@ class MergeRecord:
             RuntimeError: `place` holds another weight, or nothing was kept.
         """
         found = layer.fingerprint(place)
+        if found == self.after:
+            return self._recover(layer, place)
         if found == self.before:  # an undo or a merge that was interrupted came this far
             return place
-        if found != self.after:
-            raise self.changed()
-        return self._recover(layer, place)
+        raise self.changed()
 
     def _recover(self, layer: BaseTunerLayer, place: Place) -> Place:
         raise NotImplementedError

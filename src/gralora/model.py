@@ -443,14 +443,20 @@ class GraloraModel(BaseTuner):
                 "`merge_and_unload()` returns.",
                 stacklevel=2,
             )
-        layers = {plain_name(name) for name, module in model.named_modules() if isinstance(module, GraloraLayer)}
+        # A model that PEFT's own tuner adapted before ours was registered is saved by this, too.
+        layers = {
+            plain_name(name)
+            for name, module in model.named_modules()
+            if isinstance(module, BaseTunerLayer) and hasattr(module, "gralora_A")
+        }
         containers = {f"{layer}.{container}" for layer in layers for container in GraloraLayer.adapter_layer_names}
 
         def is_adapters(key: str) -> bool:
             if key == "bias" or key.endswith(".bias"):
                 of_layer = key.removesuffix(".base_layer.bias") in layers
                 return config.bias == "all" or (config.bias == "gralora_only" and of_layer)
-            return key.rsplit(".", 2)[0] in containers  # `….gralora_A.<adapter>.weight`
+            # `….gralora_A.<adapter>.weight`; of PEFT's own tuner without the last part
+            return key.rsplit(".", 2)[0] in containers or key.rsplit(".", 1)[0] in containers
 
         tensors = gathered(model, {key: tensor for key, tensor in state_dict.items() if is_adapters(key)})
         check_whole(tensors)

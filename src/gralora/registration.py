@@ -42,6 +42,7 @@ def register() -> None:
         for name, ours in _CLASSES.items():
             if hasattr(namespace, name):
                 _set_attribute(namespace, name, ours, undo)
+    _set_attribute(GraloraConfig, "is_registered", True, undo)
     mapping = _with_our_names(conversion.build_peft_weight_mapping)
     _set_attribute(conversion, "build_peft_weight_mapping", mapping, undo)
     tuner: Any = GraloraModel
