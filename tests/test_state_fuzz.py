@@ -158,13 +158,16 @@ class Sequences(RuleBasedStateMachine):
     @precondition(lambda self: "second" in self.model.peft_config)
     @rule()
     def delete(self):
-        merged = any(layer.merged for layer in self.layers().values())
-        if merged:
+        layers = self.layers()
+        if any("second" in layer.merged_adapters for layer in layers.values()):
             with pytest.raises(ValueError, match="while they are merged"):
                 self.model.delete_adapter("second")
             return
         self.model.delete_adapter("second")
         self.saved.pop("second", None)
+        for key, layer in layers.items():
+            if not layer.merged:  # another adapter became active
+                self.note_unmerged(key)
 
     @rule(name=st.sampled_from(ADAPTERS), factor=st.sampled_from([0.0, 0.5, 2.0, -1.0]), how=st.integers(0, 2))
     def scale(self, name, factor, how):

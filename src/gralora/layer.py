@@ -22,7 +22,7 @@ from gralora.dense_update import Part, delta, delta_dtype
 from gralora.merge_records import CHANGED, ForgottenRecord, MergeRecord, Place
 from gralora.numerics import pinned_numerics
 from gralora.quantised import PackedRecord, packed_fingerprint, packed_weight
-from gralora.shared_weights import UNSHARED, Sharing, sharing_in
+from gralora.shared_weights import UNSHARED, Sharing, is_alone, sharing_in
 from gralora.weight_rows import fingerprint, window_of
 
 
@@ -271,7 +271,9 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
             warnings.warn("The adapters are disabled: nothing is merged. Enable them first.", stacklevel=2)
             return
         model = None if self._model is None else self._model()
-        if model is not None and not own_weights:
+        if is_alone(self):
+            self._sharing = UNSHARED
+        elif model is not None:
             self._sharing = sharing_in(model, [self])[self]
         self.merge_knowing_holders(safe_merge, adapter_names, keep_base, own_weights)
 

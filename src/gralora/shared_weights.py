@@ -1,9 +1,11 @@
 """Which base weights somebody else in the model holds too: by their bytes in memory, over every path."""
 
+import sys
 from collections.abc import Iterator
 from copy import copy
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from gralora.weight_rows import local
@@ -52,6 +54,25 @@ def sharing_in(root: nn.Module, layers: list[nn.Module]) -> dict[nn.Module, Shar
     }
 
 
+def is_alone(layer: nn.Module) -> bool:
+    """Return whether nothing in this process but `layer` holds its base or the base's weight. False if in doubt.
+
+    A quick answer, where looking at the whole model for each layer would take long.
+    """
+    plain = type(layer._modules["base_layer"]._parameters.get("weight")) is nn.Parameter
+    return plain and all(found <= alone for found, alone in zip(_references(layer), _ALONE, strict=True))
+
+
+def _references(layer: nn.Module) -> tuple[int, int, int]:
+    """Return how many references there are to the base, to its weight, and to the weight's memory."""
+    weight_of = layer._modules["base_layer"]._parameters
+    return (
+        sys.getrefcount(layer._modules["base_layer"]),
+        sys.getrefcount(weight_of["weight"]),
+        torch._C._storage_Use_Count(weight_of["weight"].untyped_storage()._cdata),
+    )
+
+
 def own_copy(module: nn.Module) -> nn.Module:
     """Return a module with the same tensors and submodules, whose entries can be changed apart."""
     twin = copy(module)
@@ -59,6 +80,11 @@ def own_copy(module: nn.Module) -> nn.Module:
         if isinstance(value, dict):
             twin.__dict__[name] = value.copy()
     return twin
+
+
+_example = nn.Module()
+_example.base_layer = nn.Linear(1, 1, bias=False)
+_ALONE = _references(_example)
 
 
 def _tensors(root: nn.Module) -> Iterator[tuple[int, str, Tensor]]:
