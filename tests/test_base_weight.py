@@ -199,3 +199,11 @@ def test_a_merge_that_fails_at_any_layer_happens_in_none(monkeypatch, failing, e
     assert_same_bits(before, weights_of(model))
     assert {name: id(m) for name, m in model.named_modules()} == tree
     assert not any(layer.merged for layer in model.modules() if isinstance(layer, GraloraLayer))
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature|1 adapted layers cannot be merged:UserWarning")
+def test_the_delta_of_a_complex_layer_keeps_its_imaginary_part():
+    base = nn.Sequential(nn.Linear(8, 6, dtype=torch.complex64))
+    layer = get_peft_model(base, GraloraConfig(r=4, target_modules=["0"], init_weights=False)).base_model.model[0]
+    x = torch.randn(3, 8, dtype=torch.complex64)
+    torch.testing.assert_close(layer.base_layer(x) + x @ layer.get_delta_weight("default").T, layer(x))

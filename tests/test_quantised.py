@@ -213,7 +213,7 @@ def test_a_base_that_cannot_be_written_trains_serves_and_refuses_to_merge(monkey
     )
     base = MLP()
     base.down = ForwardOnly(24, 6)
-    with pytest.warns(UserWarning, match="1 adapted layers can't be merged, because of each gptq weights"):
+    with pytest.warns(UserWarning, match="1 adapted layers cannot be merged: gptq weights"):
         model = get_peft_model(base, mlp_config())
     model(torch.randn(3, 12)).sum().backward()
     before = weights_of(model)
@@ -228,7 +228,7 @@ if TORCHAO:
         base = nn.Sequential(nn.Linear(64, 64))
         quantize_(base, TORCHAO["int8"])
         assert resolve_base(base[0]).supports_merge is False
-        with pytest.warns(UserWarning, match="1 adapted layers can't be merged, because of each torchao weights"):
+        with pytest.warns(UserWarning, match="1 adapted layers cannot be merged: torchao weights"):
             model = get_peft_model(base, GraloraConfig(r=8, target_modules=["0"], init_weights=False))
         model(torch.randn(3, 64)).sum().backward()
         with pytest.raises(RuntimeError, match=r"Nothing was merged: '0' can't be, because torchao"):

@@ -18,17 +18,18 @@ from gralora.weight_rows import as_integers, chunks, digest, local, window_of
 
 
 def obstacle_to_merging(base: nn.Module, backend: QuantizationBackend | None) -> str | None:
-    """Return why the weight of `base` can't be read and rewritten, or None where it can."""
+    """Return why the weight of `base` can't be read and rewritten, and the way out, or None where it can."""
+    way_out = "to merge, load the base model in 16 or 32 bits"
     if backend is not None:
-        return None if backend.supports_merge else f"{backend.backend_name} weights can't be written"
+        return None if backend.supports_merge else f"{backend.backend_name} weights can't be written; {way_out}"
     # PEFT's wrapper of trainable tokens computes its `weight` when asked, from tensors that may be on meta.
     weight = None if isinstance(base, AuxiliaryTrainingWrapper) else getattr(base, "weight", None)
     if not isinstance(weight, Tensor if _flattened_by_fsdp1(base) else nn.Parameter):
         return f"its base, {type(base).__name__}, holds no plain `weight` parameter"
     if type(weight) not in (nn.Parameter, Tensor, DTensor):
-        return f"its base weight is a {type(weight).__name__}"
+        return f"its base weight is a {type(weight).__name__}; {way_out}"
     if not weight.is_floating_point() or weight.dtype.itemsize == 1:
-        return f"its base weight is of type {weight.dtype}"
+        return f"its base weight is of type {weight.dtype}; {way_out}"
     return None
 
 

@@ -1,5 +1,6 @@
 """The update of adapters as rows of a matrix, in the precision that a merge adds it in."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -44,8 +45,8 @@ def delta(
 
 
 def delta_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """Return what an update is added in: float32, or float64 where one of `dtypes` is."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
+    """Return what an update is added in: float32, or what holds all of `dtypes` where that is wider."""
+    return functools.reduce(blocks.wider, dtypes, torch.float32)
 
 
 def sum_dtype(rows: Tensor, parts: list[Part]) -> torch.dtype:

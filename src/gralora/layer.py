@@ -222,8 +222,7 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
     def refusal_to_merge(self, own_weights: bool = False) -> str | None:
         """Return why no merge is possible at the moment, and the way out; None where one is."""
         if obstacle := self.obstacle_to_merging():
-            way_out = "The adapter trains and serves unmerged; to merge, load the base model in 16 or 32 bits."
-            return f"{obstacle}. {way_out}"
+            return f"{obstacle}. Training and inference still work."
         return self._absence() or base_weight.separation_refusal(self.get_base_layer(), self._sharing, own_weights)
 
     def refusal_to_unmerge(self) -> str | None:

@@ -143,9 +143,9 @@ class GraloraModel(BaseTuner):
             for target in targets:
                 self._check_target(target, config, model)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            self._mark_shared_weights()
+            _announce_unmergeable(target for target in targets if not isinstance(target.module, GraloraLayer))
         self._places = {}
-        self._mark_shared_weights()
-        _announce_unmergeable(target for target in targets if not isinstance(target.module, GraloraLayer))
 
     def merge_adapter(
         self,
@@ -597,7 +597,7 @@ def _announce_unmergeable(targets: Iterator[_Target]) -> None:
             obstacles[obstacle] += 1
     for obstacle, count in obstacles.items():
         warnings.warn(
-            f"{count} adapted layers can't be merged, because of each {obstacle}. They train and serve.", stacklevel=2
+            f"{count} adapted layers cannot be merged: {obstacle}. Training and inference still work.", stacklevel=2
         )
 
 
