@@ -201,7 +201,7 @@ def test_a_merge_that_fails_at_any_layer_happens_in_none(monkeypatch, failing, e
     assert not any(layer.merged for layer in model.modules() if isinstance(layer, GraloraLayer))
 
 
-@pytest.mark.filterwarnings("ignore:Complex modules are a new feature|1 adapted layers cannot be merged:UserWarning")
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature", "ignore:1 adapted layers cannot be merged")
 def test_the_delta_of_a_complex_layer_keeps_its_imaginary_part():
     base = nn.Sequential(nn.Linear(8, 6, dtype=torch.complex64))
     layer = get_peft_model(base, GraloraConfig(r=4, target_modules=["0"], init_weights=False)).base_model.model[0]

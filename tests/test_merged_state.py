@@ -169,10 +169,10 @@ def test_an_edit_while_merged_is_never_discarded(record, through, monkeypatch):
             refused()
     assert_same_bits(edited, weights_of(model))
     assert layers[0].merged and layers[1].merged
-    twin = copy.deepcopy(model)
-    assert_same_bits(edited, weights_of(twin))
-    with pytest.raises(RuntimeError, match=CHANGED):
-        twin.unmerge_adapter()
+    for converted, dtype in ((copy.deepcopy(model), torch.bfloat16), (model.double(), torch.float64)):
+        assert_same_bits({name: weight.to(dtype) for name, weight in edited.items()}, weights_of(converted))
+        with pytest.raises(RuntimeError, match=CHANGED):
+            converted.unmerge_adapter()
 
 
 def test_an_edit_of_a_quantised_weight_while_merged_is_never_discarded():

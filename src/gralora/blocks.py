@@ -18,7 +18,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Inexact
+from jaxtyping import Inexact
 from torch import Tensor
 
 
@@ -156,8 +156,8 @@ def dense(
     scale: float,
     start: int = 0,
     stop: int | None = None,
-    out: Float[Tensor, "rows in"] | None = None,
-) -> Float[Tensor, "rows in"]:
+    out: Inexact[Tensor, "rows in"] | None = None,
+) -> Inexact[Tensor, "rows in"]:
     """Return the matrix ΔW `[out, in]` of the update, `apply(x) = x ΔWᵀ`, without gradient.
 
     Every block is one product of `[m, s]` and `[s, n]` written into its place, so that the result is the
@@ -188,7 +188,7 @@ def dense(
 
 def lora_factors(
     factors: Factors,
-) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
+) -> tuple[Inexact[Tensor, "rank in"], Inexact[Tensor, "out rank"]]:
     """Return LoRA matrices whose product is the unscaled ΔW, *exact*: every entry is copied or zero.
 
     The rank is `k·r + hybrid_r`. `lora_A` is block-diagonal, r rows for each input block; the columns

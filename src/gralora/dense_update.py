@@ -4,7 +4,7 @@ import functools
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Inexact
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -35,7 +35,7 @@ class Part(NamedTuple):
 
 def delta(
     parts: list[Part], dtype: torch.dtype, start: int = 0, stop: int | None = None, out: Tensor | None = None
-) -> Float[Tensor, "rows in"]:
+) -> Inexact[Tensor, "rows in"]:
     """Return rows `start` to `stop` of the sum of the dense updates, computed in `dtype`, written to `out` if given."""
     first, *rest = parts
     total = blocks.dense(first.factors.to(dtype), first.scale, start, stop, out)

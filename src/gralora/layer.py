@@ -405,24 +405,25 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Deepcopy and pickle: what undoes a merge must not depend on the machine that made it.
-        state, merges = self.__dict__.copy(), []
-        if not any(isinstance(record, ForgottenRecord) for record in self._merges):
-            try:
-                for record, place, _ in self._history():
-                    merges.insert(0, record.portable(self, place))
-            except RuntimeError:  # somebody changed the weight: the copy is as merged as this
-                merges = [ForgottenRecord(self.merged_adapters, (), (), CHANGED)]
-            state["_merges"] = merges
-        return state | {"_model": None}
+        history, reason = self._history()
+        merges = [record.portable(self, earlier) for record, earlier in reversed(history)]
+        return self.__dict__ | {"_model": None, "_merges": merges if reason is None else [self._no_way_back(reason)]}
 
-    def _history(self) -> list[tuple[MergeRecord, Any, Any]]:
-        """Return every merge, the latest first, with the weight from before and after it."""
+    def _history(self) -> tuple[list[tuple[MergeRecord, Any]], str | None]:
+        """Return every merge, the latest first, with the weight from before it; or why that is not known."""
         history, place = [], Place.now(self)
         for record in reversed(self._merges):
-            earlier = record.recover(self, place)
-            history.append((record, earlier, place))
-            place = earlier
-        return history
+            if isinstance(record, ForgottenRecord):
+                return [], record.reason
+            try:
+                place = record.recover(self, place)
+            except RuntimeError:
+                return [], CHANGED
+            history.append((record, place))
+        return history, None
+
+    def _no_way_back(self, reason: str) -> ForgottenRecord:
+        return ForgottenRecord(self.merged_adapters, (), (), reason)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GraloraLayer":
         # `.to`, `.half`, `.cuda` of a merged layer: both the merged weight and the one that comes back are converted.
@@ -437,21 +438,25 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
         return self
 
     def _convert_merged(self, fn: Callable[[Tensor], Tensor], recurse: bool, to_meta: bool) -> None:
-        kept = not to_meta and not any(isinstance(record, ForgottenRecord) for record in self._merges)
-        if kept and isinstance(self._merges[0], PackedRecord):
+        history, reason = self._history()
+        reason = "its weights were moved to the meta device" if to_meta else reason
+        if reason is not None:
+            super()._apply(fn, recurse)
+            self._merges = [self._no_way_back(reason)]
+            return
+        if isinstance(self._merges[0], PackedRecord):
             merges: list[Any] = self._merges
             self.undo_merges()
             super()._apply(fn, recurse)
             for record in merges:
                 self._write_merge(*base_weight.prepare(self, record.adapter_names, record.parts, sharing=self._sharing))
             return
-        history, merges = self._history() if kept else [], []
         # What only the record holds is converted here; a parameter that other modules hold too, by them or here.
-        converted = [None if place.values is place.parameter else fn(place.values) for _, place, _ in history]
+        converted = [None if place.values is place.parameter else fn(place.values) for _, place in history]
         parameter = self.get_base_layer().weight
         super()._apply(fn, recurse)
-        now = Place.now(self)
-        for (record, place, _), values in zip(history, converted, strict=True):
+        now, merges = Place.now(self), []
+        for (record, place), values in zip(history, converted, strict=True):
             if place.parameter is parameter:
                 place = place._replace(parameter=now.parameter)
             elif (place.parameter.dtype, place.parameter.device) != (now.values.dtype, now.values.device):
@@ -459,9 +464,6 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
             earlier = place._replace(values=place.parameter if values is None else values)
             merges.insert(0, record.converted(self, earlier, now))
             now = earlier
-        if not kept:
-            reason = "its weights were moved to the meta device" if to_meta else "its weights were converted since"
-            merges.append(ForgottenRecord(self.merged_adapters, (), (), reason))
         self._merges = merges
 
 

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 from copy import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ def sharing_in(root: nn.Module, layers: list[nn.Module]) -> dict[nn.Module, Shar
     }
 
 
-def is_alone(layer: nn.Module) -> bool:
+def is_alone(layer: Any) -> bool:
     """Return whether nothing in this process but `layer` holds its base or the base's weight. False if in doubt.
 
     A quick answer, where looking at the whole model for each layer would take long.
@@ -63,7 +63,7 @@ def is_alone(layer: nn.Module) -> bool:
     return plain and all(found <= alone for found, alone in zip(_references(layer), _ALONE, strict=True))
 
 
-def _references(layer: nn.Module) -> tuple[int, int, int]:
+def _references(layer: Any) -> tuple[int, int, int]:
     """Return how many references there are to the base, to its weight, and to the weight's memory."""
     weight_of = layer._modules["base_layer"]._parameters
     return (
