@@ -30,13 +30,13 @@ class Interrupt(BaseException):
     """What a test raises where a user would press Ctrl-C."""
 
 
-def interrupted_at(number, action):
-    """Run `action` with an interrupt before the `number`-th line of ours; return whether it came that far."""
+def interrupted_at(number, action, files=FILES):
+    """Run `action` with an interrupt before the `number`-th line in `files`; return whether it came that far."""
     lines = 0
 
     def trace(frame, event, argument):
         nonlocal lines
-        if frame.f_code.co_filename not in FILES:
+        if frame.f_code.co_filename not in files:
             return None
         if event == "line":
             lines += 1

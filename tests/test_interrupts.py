@@ -6,10 +6,10 @@ import time
 import pytest
 import torch
 from conftest import assert_same_bits, randomise, tiny_llama, weights_of
-from interrupts import Interrupt, interrupted_at
+from interrupts import FILES, Interrupt, interrupted_at
 from torch import nn
 
-from gralora import GraloraConfig, GraloraLayer, get_peft_model
+from gralora import GraloraConfig, GraloraLayer, get_peft_model, numerics
 
 
 class Pair(nn.Module):
@@ -159,3 +159,28 @@ def timed(action):
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
+
+
+@pytest.mark.parametrize("choose", ["tf32", "bf16", "denormals"])
+def test_an_interrupt_leaves_the_settings_as_they_were(choose, one_thread):
+    def settings():
+        flushed = bool((torch.full((), 1e-38) * 0.01) == 0)
+        return flushed, torch.backends.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+
+    layer = layers_of(pair())[0]
+    try:
+        if choose == "denormals":
+            torch.set_flush_denormal(True)
+        elif choose == "tf32":
+            torch.backends.fp32_precision = "tf32"
+        else:
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        before, number = settings(), 1
+        # At any moment but while the settings themselves are set or put back.
+        while interrupted_at(number, layer.merge, FILES - {numerics.__file__}):
+            assert settings() == before, number
+            number += 1
+        assert number > 40
+    finally:
+        torch.set_flush_denormal(False)
+        torch.backends.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"

@@ -236,6 +236,7 @@ class Doubled(nn.Module):
 
 
 CHANGES = {
+    "a forward of its own": lambda holder: setattr(holder, "forward", lambda: 2 * holder.weight),
     "a parametrization": lambda holder: parametrize.register_parametrization(holder, "weight", Doubled()),
     "a forward hook": lambda holder: holder.register_forward_hook(lambda module, args, factor: 2 * factor),
 }
@@ -253,3 +254,33 @@ def test_forward_and_merge_agree_on_what_changes_a_factor(change, factor):
     torch.testing.assert_close(layer.base_layer(x) + x @ layer.get_delta_weight("default").T, expected)
     layer.merge()
     torch.testing.assert_close(layer(x), expected)
+
+
+def test_an_adapter_that_is_named_twice_is_merged_once():
+    model, x = adapted(), torch.randn(3, 12)
+    expected = model(x)
+    model.merge_adapter(["default", "default"])
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_layer_whose_earlier_merge_is_final_keeps_all_layers_merged():
+    model = get_peft_model(MLP(), mlp_config(target_modules=["down"]), adapter_name="first")
+    model.add_adapter("second", mlp_config())
+    model.base_model.merge_adapter(["first"], keep_base=False)
+    with pytest.warns(UserWarning, match="additionally"):
+        model.merge_adapter(["second"])
+    merged = weights_of(model)
+    with pytest.raises(RuntimeError, match=r"Nothing was unmerged: at 'down'.*keep_base=False"):
+        model.unmerge_adapter()
+    assert_same_bits(merged, weights_of(model))
+    assert model.base_model.model.up.merged
+
+
+def test_the_default_device_does_not_matter():
+    model = adapted()
+    before = weights_of(model)
+    weight_rows._multipliers.cache_clear()
+    with torch.device("meta"):
+        model.merge_adapter()
+        model.unmerge_adapter()
+    assert_same_bits(before, weights_of(model))

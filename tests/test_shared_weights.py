@@ -3,10 +3,13 @@
 import copy
 import warnings
 
+import bitsandbytes as bnb
 import pytest
 import torch
-from conftest import MLP, assert_same_bits, mlp_config, weights_of
+from accelerate import cpu_offload
+from conftest import MLP, assert_same_bits, mlp_config, tiny_llama, weights_of
 from torch import nn
+from transformers import BartConfig, BartForConditionalGeneration
 
 from gralora import GraloraConfig, get_peft_model
 
@@ -212,3 +215,59 @@ def test_moving_a_model_with_a_tied_weight_that_is_merged():
     model.unmerge_adapter()
     assert_same_bits(before, weights_of(model))
     assert model.base_model.model.a.base_layer.weight is model.base_model.model.b.weight
+
+
+def test_an_offloaded_tied_weight_is_left_alone():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        model = get_peft_model(
+            tiny_llama(tie_word_embeddings=True), GraloraConfig(r=4, target_modules=["lm_head"], init_weights=False)
+        )
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    tokens = torch.arange(10)[None]
+    embed = model.get_input_embeddings()
+    with torch.no_grad():
+        logits, embedded = model(tokens).logits, embed(tokens)
+        model.merge_adapter()
+        torch.testing.assert_close(model(tokens).logits, logits, atol=1e-5, rtol=1e-5)
+        assert torch.equal(embed(tokens), embedded)
+        model.unmerge_adapter()
+        assert torch.equal(model(tokens).logits, logits)
+        assert torch.equal(embed(tokens), embedded)
+
+
+def test_an_8_bit_base_that_is_called_from_elsewhere_too():
+    twins = Twins()
+    twins.a = bnb.nn.Linear8bitLt(8, 8, has_fp16_weights=False)
+    model = get_peft_model(twins.to("cpu"), GraloraConfig(**CONFIG))
+    same_module(model.base_model.model)
+    x = torch.randn(3, 8)
+    expected = model(x)[1]
+    model.merge_adapter()
+    assert torch.equal(model(x)[1], expected)
+    model.unmerge_adapter()
+    assert torch.equal(model(x)[1], expected)
+    assert torch.equal(model.merge_and_unload()(x)[1], expected)
+
+
+def test_a_copy_of_a_model_whose_tie_came_later_is_on_the_safe_side():
+    model = copy.deepcopy(adapted(lambda twins: None, "before"))
+    same_parameter(model.base_model.model)
+    x = torch.randn(3, 8)
+    expected = model(x)[1]
+    model.base_model.model.a.merge()
+    assert torch.equal(model(x)[1], expected)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:Input and output embeddings")
+def test_a_model_with_three_tied_weights_is_whole_on_disk_after_merge_and_unload(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 64}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    base = BartForConditionalGeneration(BartConfig(**sizes, **heads, encoder_layers=1, decoder_layers=1)).eval()
+    model = get_peft_model(base, GraloraConfig(r=4, target_modules=["lm_head"], init_weights=False))
+    tokens = torch.arange(4, 14)[None]
+    expected = model(input_ids=tokens, decoder_input_ids=tokens).logits
+    model.merge_and_unload().save_pretrained(tmp_path)
+    again = BartForConditionalGeneration.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again(input_ids=tokens, decoder_input_ids=tokens).logits, expected, atol=1e-4, rtol=1e-4)

@@ -14,6 +14,7 @@ from peft.utils.quantization_utils import (
     resolve_quantization_backend,
 )
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from gralora import base_weight, blocks, fused
@@ -201,9 +202,12 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
         return update.T if self.fan_in_fan_out else update
 
     def _part(self, adapter_name: str) -> Part:
-        # A hook that changes a factor changes it for a forward pass: a merge and a delta are to agree with that.
-        hooked = any(h and (h._forward_hooks or h._forward_pre_hooks) for h in self._holders(adapter_name))
-        return Part.gathered(self.factors(adapter_name, call=hooked), self.scaling[adapter_name])
+        # Whatever changes a factor when its holder is called changes it for a forward pass: a merge and a delta are to
+        # agree with that. Of offloaded holders, and of those that FSDP1 wraps, a call would take the tensor away again.
+        calls = all(
+            h is None or (type(h) is Factor and not hasattr(h, "_hf_hook")) for h in self._holders(adapter_name)
+        )
+        return Part.gathered(self.factors(adapter_name, call=calls), self.scaling[adapter_name])
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -226,15 +230,24 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
         return self._absence() or base_weight.separation_refusal(self.get_base_layer(), self._sharing, own_weights)
 
     def refusal_to_unmerge(self) -> str | None:
-        """Return why the merges can't be undone, or None; costs one reading of the weight."""
+        """Return why the merges can't be undone, or None.
+
+        Costs one reading of the weight; where several merges lie one on another, all of their undoing but the writing.
+        """
         if not self._merges:
             return None
         if absence := self._absence():
             return f"this layer can't be unmerged: {absence}"
+        if len(self._merges) > 1 and (reason := self._history()[1]):
+            return self._no_way_back(reason).obstacle(self, Place.now(self))
         return self._merges[-1].obstacle(self, Place.now(self))
 
     def _absence(self) -> str | None:
-        return None if self.quantization_backend is not None else base_weight.absence(self.get_base_layer())
+        if self.quantization_backend is not None:
+            return None
+        if self._merges and self.obstacle_to_merging():
+            return f"{CHANGED}. Load the base model again."
+        return base_weight.absence(self.get_base_layer())
 
     def fingerprint(self, place: Place) -> tuple[int, ...]:
         """Return the fingerprint of the weight that `place` holds; records compare it."""
@@ -274,13 +287,16 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
             self._sharing = UNSHARED
         elif model is not None:
             self._sharing = sharing_in(model, [self])[self]
+        elif not isinstance(getattr(self.get_base_layer(), "weight", None), DTensor):
+            self._sharing = self._sharing._replace(weight=True)  # nobody knows: the safe side
         self.merge_knowing_holders(safe_merge, adapter_names, keep_base, own_weights)
 
     def merge_knowing_holders(
         self, safe_merge: bool, adapter_names: list[str] | None, keep_base: bool = True, own_weights: bool = False
     ) -> None:
         """Do what `merge` does, enabled or not, where `note_sharing` was told just before."""
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.gralora_A]
+        wanted = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in dict.fromkeys(wanted) if name in self.gralora_A]
         if not names:
             return
         if refusal := self.refusal_to_merge(own_weights):

@@ -157,9 +157,9 @@ class GraloraModel(BaseTuner):
         """Merge adapters into the base weights, in every layer or in none.
 
         A base weight is written in place, unless another part of the model holds it, or some of its memory, too:
-        then the adapted layer gets a parameter of its own. Everything that is reached from the model is looked at.
-        What lies outside, another model that shares weights with this one or a view in a variable, is not seen;
-        `own_weights=True` leaves the weights of those alone.
+        then the adapted layer gets a parameter of its own. Looked at are the parameters, buffers and tensor
+        attributes of all its modules. What lies elsewhere, in another model that shares weights with this one, a list
+        or a variable, is not seen; `own_weights=True` leaves the weights of those alone.
 
         Args:
             adapter_names: Which; the active ones by default.
@@ -266,11 +266,18 @@ class GraloraModel(BaseTuner):
             self._merge(missing, adapter_names, safe_merge)
         elif any(layer.merged for layer in layers.values()):
             self.unmerge_adapter()
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        return self._unload(merge, progressbar, safe_merge, adapter_names)
+
+    def _unload(self, merge: bool, progressbar: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
+        tied = self.get_model_config(self.model).get("tie_word_embeddings")
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        if tied and not self.get_model_config(model).get("tie_word_embeddings"):
+            _untie(model)
+        return model
 
     def unload_merged(self, adapter_names: list[str]) -> nn.Module:
         """Return the base model without the tuner layers, whose adapters were merged one by one before."""
-        return super()._unload_and_optionally_merge(True, False, False, adapter_names)
+        return self._unload(True, False, False, adapter_names)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not yet: combining adapters.
@@ -599,6 +606,16 @@ def _announce_unmergeable(targets: Iterator[_Target]) -> None:
         warnings.warn(
             f"{count} adapted layers cannot be merged: {obstacle}. Training and inference still work.", stacklevel=2
         )
+
+
+def _untie(model: nn.Module) -> None:
+    """Give every module its own parameters: a model that is loaded as untied ties none of them again."""
+    seen = set()
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in seen:
+                module._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            seen.add(id(parameter))
 
 
 def _is_saved_beside(module: nn.Module, model: nn.Module) -> bool:

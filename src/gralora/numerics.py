@@ -42,8 +42,8 @@ def _thread_count(threads: int | None) -> Iterator[None]:
     if threads is None or threads == before:
         yield
         return
-    torch.set_num_threads(threads)
     try:
+        torch.set_num_threads(threads)
         yield
     finally:
         torch.set_num_threads(before)
@@ -52,12 +52,12 @@ def _thread_count(threads: int | None) -> Iterator[None]:
 @contextmanager
 def _denormals_kept() -> Iterator[None]:
     # torch has no getter: this product is zero only where denormals are flushed.
-    flushed = bool((torch.full((), torch.finfo(torch.float32).tiny) * 0.5) == 0)
+    flushed = bool((torch.full((), torch.finfo(torch.float32).tiny, device="cpu") * 0.5) == 0)
     if not flushed:
         yield
         return
-    torch.set_flush_denormal(False)
     try:
+        torch.set_flush_denormal(False)
         yield
     finally:
         torch.set_flush_denormal(True)
@@ -96,11 +96,13 @@ def _set_precision(backend: str, operation: str, precision: str) -> None:
 
 def _own_matmul_precision(backend: str) -> str:
     """Return what is set for matrix products themselves, "none" where they inherit: torch shows it only so."""
-    of_all = _precision("generic", "all")
-    _set_precision("generic", "all", "none")
-    of_backend = _precision(backend, "all")
-    _set_precision(backend, "all", "none")
-    own = _precision(backend, "matmul")
-    _set_precision(backend, "all", of_backend)
-    _set_precision("generic", "all", of_all)
-    return own
+    of_all, of_backend = _precision("generic", "all"), None
+    try:
+        _set_precision("generic", "all", "none")
+        of_backend = _precision(backend, "all")
+        _set_precision(backend, "all", "none")
+        return _precision(backend, "matmul")
+    finally:
+        if of_backend is not None:
+            _set_precision(backend, "all", of_backend)
+        _set_precision("generic", "all", of_all)

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
-from gralora.dense_update import Part, delta, delta_dtype
+from gralora.dense_update import Part, delta, sum_dtype
 from gralora.merge_records import ForgottenRecord, MergeRecord, Place
 from gralora.weight_rows import as_integers, digest
 
@@ -77,8 +77,10 @@ def prepare(
         own_module: What becomes the base, where others call the one that is.
     """
     backend: Any = layer.quantization_backend
+    if own_module is not None and "state" in own_module.__dict__:
+        own_module.__dict__["state"] = copy(own_module.__dict__["state"])  # bitsandbytes' 8-bit weight lies there, too
     dense = dequantised(layer)
-    exact = delta(parts, delta_dtype(dense.dtype, parts[0].factors.A.dtype)).to(dense.device).add_(dense)
+    exact = delta(parts, sum_dtype(dense, parts)).to(dense.device).add_(dense)
     merged, original = exact.to(dense.dtype), PackedPlace.now(layer)
     before = packed_fingerprint(original.base)
     record = (

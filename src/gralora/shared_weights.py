@@ -36,8 +36,8 @@ def sharing_in(root: nn.Module, layers: list[nn.Module]) -> dict[nn.Module, Shar
     """Return for every layer of `layers` what of its base weight other parts of `root` hold.
 
     Seen are parameters, buffers and tensors that are attributes of any module, whatever they are called and however
-    they were tied, and what the records of merges keep. What lies outside of `root`, in another model or in a
-    variable, is not seen.
+    they were tied, what accelerate offloads to the CPU, and what the records of merges keep. What lies elsewhere, in
+    another model, a list or a variable, is not seen.
     """
     bases = {id(layer.base_layer): layer for layer in layers}
     called_elsewhere = {
@@ -94,10 +94,23 @@ def _tensors(root: nn.Module) -> Iterator[tuple[int, str, Tensor]]:
                 # FSDP1's flat parameter is the very memory that the weights are views of.
                 if isinstance(tensor, Tensor) and not getattr(tensor, "_is_flat_param", False):
                     yield id(module), name, tensor
+        for name, tensor in _offloaded(module):
+            yield id(module), name, tensor
         for number, record in enumerate(getattr(module, "_merges", ())):
             original = getattr(getattr(record, "original", None), "parameter", None)
             if original is not None:
                 yield id(record), str(number), original
+
+
+def _offloaded(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in CPU memory that accelerate puts into the place of a module's when it is called."""
+    weights: Any = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+    prefix = getattr(weights, "prefix", "")
+    weights = getattr(weights, "dataset", weights)
+    in_memory: Any = weights if isinstance(weights, dict) else getattr(weights, "state_dict", None) or {}
+    for name in module._parameters:
+        if isinstance(tensor := in_memory.get(prefix + name), Tensor):
+            yield name, tensor
 
 
 def _holders(root: nn.Module) -> Iterator[_Holder]:
@@ -126,7 +139,7 @@ def _overlapping(holders: list[_Holder]) -> set[tuple[int, str]]:
 
 
 def _same_object(root: nn.Module) -> set[tuple[int, str]]:
-    """Return the owner and name of every tensor that is held twice: offloaded ones have no memory to compare."""
+    """Return the owner and name of every tensor that is held twice: some on meta have no memory to compare."""
     seen: dict[int, list[tuple[int, str]]] = {}
     for owner, name, tensor in _tensors(root):
         seen.setdefault(id(tensor), []).append((owner, name))

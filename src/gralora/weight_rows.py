@@ -87,6 +87,6 @@ def as_integers(digests: list[Tensor]) -> tuple[int, ...]:
 @functools.lru_cache(maxsize=8)
 def _multipliers(magnitude: int, device: torch.device) -> Tensor:
     """Return `2^magnitude` odd random numbers, always the same."""
-    generator = torch.Generator().manual_seed(0x6A09E667)
-    numbers = torch.randint(-(2**62), 2**62, (1 << magnitude,), generator=generator, dtype=torch.int64)
+    generator = torch.Generator("cpu").manual_seed(0x6A09E667)
+    numbers = torch.randint(-(2**62), 2**62, (1 << magnitude,), generator=generator, dtype=torch.int64, device="cpu")
     return numbers.mul_(2).add_(1).to(device)
