@@ -11,6 +11,7 @@ from torch import nn
 from gralora import GraloraConfig, GraloraLayer, base_weight, get_peft_model, merge_records, weight_rows
 from gralora.config import LayerSettings
 from gralora.layer import Linear
+from gralora.shared_weights import UNSHARED
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -110,6 +111,8 @@ def test_a_weight_in_the_middle_of_a_buffer_merges(dtype):
     buffer = torch.randn(1 + 64 * 64).to(dtype)
     before = buffer.clone()
     layer.base_layer.weight.data = buffer[1:].view(64, 64)
+    layer.note_sharing(UNSHARED, model := nn.ModuleDict({"layer": layer}))  # in which nobody else holds the buffer
+    assert model["layer"] is layer
     layer.merge()
     assert not torch.equal(buffer, before)
     layer.unmerge()

@@ -578,7 +578,7 @@ def test_trainable_tokens_train_save_load_and_merge(tmp_path):
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @pytest.mark.filterwarnings("ignore:This adapter uses `trainable_token_indices`:UserWarning")
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
-@pytest.mark.filterwarnings("ignore:1 adapted layers can't be merged:UserWarning")
+@pytest.mark.filterwarnings("ignore:1 adapted layers cannot be merged:UserWarning")
 def test_trainable_tokens_of_a_tied_model_load(low_cpu_mem_usage, tmp_path):
     mine = config(target_modules=["q_proj", "lm_head"], trainable_token_indices=[3, 5])
     model = randomise(get_peft_model(tiny_llama(tie_word_embeddings=True), mine))
