@@ -77,7 +77,7 @@ def test_sft_trains_on_a_dense_base(tokenizer, tmp_path):
     assert torch.equal(loaded(tokens).logits, trainer.model.eval()(tokens).logits)
 
 
-@pytest.mark.filterwarnings("ignore:.*adapted layers can't be merged:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*adapted layers cannot be merged:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.utils.checkpoint:UserWarning")
 def test_sft_trains_on_a_4_bit_base(tokenizer, tmp_path):
     tiny_llama().save_pretrained(tmp_path / "base")
