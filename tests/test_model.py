@@ -19,6 +19,8 @@ from transformers import (
     LlamaForSequenceClassification,
     MambaConfig,
     MambaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -649,3 +651,23 @@ def test_inject_adapter_in_model_twice():
     with pytest.warns(UserWarning, match="Already found a `peft_config`"):
         inject_adapter_in_model(config(r=4), model, "two")
     assert layers(model)[0].r == {"one": 8, "two": 4}
+
+
+class WithoutEmbeddings(PreTrainedModel):
+    config_class = PreTrainedConfig
+
+    def __init__(self):
+        super().__init__(PreTrainedConfig())
+        self.lin = nn.Linear(8, 8)
+        self.post_init()
+
+    def forward(self, x):
+        return self.lin(x)
+
+
+def test_a_transformers_model_without_embeddings_is_saved(tmp_path):
+    base = WithoutEmbeddings()
+    model = get_peft_model(copy.deepcopy(base), GraloraConfig(r=4, target_modules=["lin"], init_weights=False))
+    model.save_pretrained(tmp_path)
+    x = torch.randn(3, 8)
+    assert torch.equal(PeftModel.from_pretrained(base, tmp_path)(x), model(x))

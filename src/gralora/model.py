@@ -468,8 +468,11 @@ class GraloraModel(BaseTuner):
         tensors = gathered(model, {key: tensor for key, tensor in state_dict.items() if is_adapters(key)})
         check_whole(tensors)
         # What else is saved, PEFT takes out of `state_dict` after this.
+        beside = _embeddings(model)
         others = tuple(
-            f"{plain_name(name)}." for name, module in model.named_modules() if _is_saved_beside(module, model)
+            f"{plain_name(name)}."
+            for name, module in model.named_modules()
+            if isinstance(module, AuxiliaryTrainingWrapper) or any(module is e for e in beside)
         )
         state_dict |= gathered(model, {key: tensor for key, tensor in state_dict.items() if key.startswith(others)})
         return tensors
@@ -618,10 +621,15 @@ def _untie(model: nn.Module) -> None:
             seen.add(id(parameter))
 
 
-def _is_saved_beside(module: nn.Module, model: nn.Module) -> bool:
-    """Return whether PEFT may save a module with the adapter: one that is trained whole, or an embedding."""
-    embeddings = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
-    return isinstance(module, AuxiliaryTrainingWrapper) or any(module is e for e in embeddings if e is not None)
+def _embeddings(model: nn.Module) -> list[nn.Module]:
+    """Return the input and output embeddings, which PEFT may save with an adapter; a model may have none."""
+    found = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            found.append(getattr(model, getter, lambda: None)())
+        except NotImplementedError:  # transformers' answer for a vision model, say
+            continue
+    return [module for module in found if module is not None]
 
 
 def _widths(module: nn.Module) -> tuple[int, int]:
