@@ -326,6 +326,29 @@ def test_both_paths_agree_on_a_whole_model():
         torch.testing.assert_close(grads[0][name], grads[1][name], atol=1e-5, rtol=1e-3)
 
 
+class Recorder(torch.overrides.TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.outputs = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is nn.functional.linear:
+            self.outputs.append(result)
+        return result
+
+
+def test_what_a_function_mode_keeps_is_not_changed(calls):
+    layer, x = layer_and_input()
+    with Recorder() as recorder:
+        layer(x)
+    assert torch.equal(recorder.outputs[0], layer.base_layer(x))
+    assert not calls
+    with torch.device("cpu"):  # a mode too, and one that changes nothing
+        layer(x)
+    assert calls
+
+
 # What autograd keeps --------------------------------------------------------------------------------------------------
 
 

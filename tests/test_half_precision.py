@@ -2,6 +2,7 @@
 
 import math
 
+import oracle
 import pytest
 import torch
 from conftest import get_native_peft_model
@@ -146,3 +147,22 @@ def test_factors_of_different_dtypes(dtypes, dtype, watched, t):
     tensors = [p.detach() for p in (layer.base_layer.weight, layer.base_layer.bias, *wanted)]
     exact = output_and_gradients(*adapted(native, torch.float64, 10.0, tensors), x.double(), g.double())
     assert max(relative_errors(values, exact).values()) < 0.01  # roundings to the 8 bits of bfloat16
+
+
+@pytest.mark.parametrize("path", ["fused", "plain"])
+@pytest.mark.parametrize("tokens", [8, 40])
+def test_float16_parameters_keep_a_small_update_with_a_small_scale(tokens, path):
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"l": nn.Linear(16, 24, dtype=torch.float16)})
+    config = GraloraConfig(r=8, target_modules=["l"], alpha=8 / 64)
+    layer = get_peft_model(base, config, autocast_adapter_dtype=False).base_model.model["l"]
+    if path == "plain":
+        layer.base_layer.register_forward_hook(lambda *_: None)
+    layer.gralora_B["default"].data = (torch.randn(2, 8, 12) * 1e-5).half()
+    x, g = torch.randn(tokens, 16).half(), torch.randn(tokens, 24).half()
+    layer(x).backward(g)
+    A, B = (layer.gralora_A["default"].detach().double().requires_grad_(), layer.gralora_B["default"].detach().double())
+    oracle.apply(x.double(), A, B, None, None, layer.scaling["default"]).backward(g.double())
+    found = layer.gralora_A["default"].grad.double()
+    # Half a step of float16's smallest numbers, or of its 11 bits.
+    assert ((found - A.grad).abs() <= 2**-25 + 2**-10 * A.grad.abs()).all()

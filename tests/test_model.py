@@ -8,6 +8,7 @@ import torch
 from conftest import MLP, mlp_config, native_peft, randomise, tiny_gpt2, tiny_llama, tiny_opt
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers import (
     BertConfig,
     BertForQuestionAnswering,
@@ -670,4 +671,25 @@ def test_a_transformers_model_without_embeddings_is_saved(tmp_path):
     model = get_peft_model(copy.deepcopy(base), GraloraConfig(r=4, target_modules=["lin"], init_weights=False))
     model.save_pretrained(tmp_path)
     x = torch.randn(3, 8)
+    assert torch.equal(PeftModel.from_pretrained(base, tmp_path)(x), model(x))
+
+
+class Doubled(nn.Module):
+    def forward(self, factor):
+        return 2 * factor
+
+
+def test_a_factor_that_would_be_left_out_is_not_saved_without_a_word(tmp_path):
+    model = get_peft_model(MLP(), mlp_config())
+    holder = model.base_model.model.up.gralora_A._modules["default"]
+    parametrize.register_parametrization(holder, "weight", Doubled())
+    with pytest.raises(RuntimeError, match=r"the state dict has no 'base_model\.model\.up\.gralora_A\.default'"):
+        model.save_pretrained(tmp_path)
+    parametrize.remove_parametrizations(holder, "weight")
+    model.save_pretrained(tmp_path)
+    x = torch.randn(3, 12)
+    base = MLP()
+    base.load_state_dict(
+        {n.replace(".base_layer", ""): t for n, t in model.base_model.model.state_dict().items() if "gralora" not in n}
+    )
     assert torch.equal(PeftModel.from_pretrained(base, tmp_path)(x), model(x))

@@ -68,6 +68,27 @@ assert conversion.build_peft_weight_mapping.__module__ == "peft.utils.transforme
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+def test_a_model_from_before_a_reload_is_saved_whole_and_counts_as_alive(tmp_path):
+    script = """
+import importlib, sys, gralora
+from safetensors.torch import load_file
+from torch import nn
+model = gralora.get_peft_model(nn.Sequential(nn.Linear(8, 8)), gralora.GraloraConfig(r=4, target_modules=["0"]))
+for room in ("blocks", "fused", "config", "layer", "model", "registration"):
+    importlib.reload(sys.modules["gralora." + room])
+importlib.reload(gralora)
+model.save_pretrained(sys.argv[1])
+assert len(load_file(sys.argv[1] + "/adapter_model.safetensors")) == 2
+try:
+    gralora.unregister()
+except RuntimeError as error:
+    assert "1 GraLoRA layers are alive" in str(error)
+else:
+    raise AssertionError("accepted")
+"""
+    subprocess.run([sys.executable, "-c", script, tmp_path], check=True)
+
+
 @pytest.mark.parametrize(
     "copied", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
 )

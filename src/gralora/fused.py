@@ -5,9 +5,9 @@ output of the frozen layer is made, so that it may be added to in place; every p
 slices where they lie; the scale rides on the small B; and the only copy is the exchange of the middle
 tensor `[k, t, r]`. `applies` says where this is the same function as the plain path.
 
-The update is computed in the dtype of the input, but for two cases, in which it is computed apart, in the
-widest dtype of input and factors: with few tokens, since the factors are the large tensors then, and in
-float16, whose range is too small for a small B and for sums over many tokens.
+The update is computed in the dtype of the input, but for two cases, in which it is computed apart: with few
+tokens in the widest dtype of input and factors, since the factors are the large tensors then; and on float16 in
+float32 at least, since the range of float16 is too small for a small B and for sums over many tokens.
 """
 
 import contextlib
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import linear as _linear_module
 from torch.nn.modules import module as _module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from gralora.blocks import Factors, exchange, wider
 
@@ -88,8 +90,14 @@ def _is_watched(base: nn.Module) -> bool:
         or torch._C._get_tracing_state() is not None
         # Selective checkpointing keeps outputs, to which nothing may be added in place then.
         or torch._C._len_torch_dispatch_stack() > 0
+        or (torch._C._len_torch_function_stack() > 0 and _is_function_watched())
         or _is_transformed()
     )
+
+
+def _is_function_watched() -> bool:
+    """Return whether a mode sees what `F.linear` returns; the one of a default device changes nothing."""
+    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 
 def _torchs_own() -> tuple[Any, ...]:
@@ -134,7 +142,14 @@ def linear(
 
 def _dtype_apart(x: Tensor, factors: Factors) -> torch.dtype | None:
     """Return the dtype of an update that is computed apart from the output of the base, None where it is not."""
-    return factors.widest(x.dtype) if x.shape[0] <= FEW_TOKENS or x.dtype == torch.float16 else None
+    if x.dtype == torch.float16:
+        return update_dtype(x.dtype, factors)
+    return factors.widest(x.dtype) if x.shape[0] <= FEW_TOKENS else None
+
+
+def update_dtype(dtype: torch.dtype, factors: Factors) -> torch.dtype:
+    """Return what an update is computed in where a layer computes in `dtype`: that, but never float16."""
+    return wider(factors.widest(dtype), torch.float32) if dtype == torch.float16 else dtype
 
 
 def _cast(factors: Factors, dtype: torch.dtype) -> Factors:

@@ -88,7 +88,8 @@ class GraloraLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general")
     other_param_names = ("r", "hybrid_r", "alpha", "gralora_k", "scaling", "initial_scaling", "gralora_dropout")
-    alive: ClassVar[WeakSet["GraloraLayer"]] = WeakSet()  # every layer, copies and unpickled ones too
+    # Every layer, copies and unpickled ones too; a reload of this module keeps those of the class before.
+    alive: ClassVar[WeakSet["GraloraLayer"]] = globals().setdefault("_alive", WeakSet())
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Make a layer, and note that it is alive: the garbage collector does not see what `gc.freeze` hides."""
@@ -547,10 +548,8 @@ class Linear(GraloraLayer):
 
     def _operands(self, x: Tensor, adapter_name: str, factors: blocks.Factors) -> tuple[Tensor, blocks.Factors]:
         """Return what is multiplied: the rows of x after dropout, and the factors, the scale on the B's."""
-        # Small tensors follow the big ones: the factors go to the compute dtype, x goes up to theirs in float16 alone.
-        dtype = fused.compute_dtype(x)
-        if dtype == torch.float16:
-            dtype = factors.widest(dtype)
+        # Small tensors follow the big ones: the factors go to the compute dtype; x goes up in float16 alone.
+        dtype = fused.update_dtype(fused.compute_dtype(x), factors)
         rows = self.gralora_dropout[adapter_name](x).reshape(-1, x.shape[-1]).to(dtype)
         return rows, factors.scaled(self.scaling[adapter_name], dtype, x.device)
 

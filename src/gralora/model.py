@@ -27,7 +27,7 @@ from gralora import tensor_parallel
 from gralora.base_weight import agreed
 from gralora.config import GraloraConfig, LayerSettings
 from gralora.layer import GraloraLayer, Linear, resolve_base
-from gralora.sharded import check_whole, gathered, plain_name
+from gralora.sharded import check_complete, check_whole, gathered, plain_name
 from gralora.shared_weights import sharing_in
 from gralora.targets import exact_targets
 
@@ -452,7 +452,7 @@ class GraloraModel(BaseTuner):
             )
         # A model that PEFT's own tuner adapted before ours was registered is saved by this, too.
         layers = {
-            plain_name(name)
+            plain_name(name): module
             for name, module in model.named_modules()
             if isinstance(module, BaseTunerLayer) and hasattr(module, "gralora_A")
         }
@@ -467,6 +467,8 @@ class GraloraModel(BaseTuner):
 
         tensors = gathered(model, {key: tensor for key, tensor in state_dict.items() if is_adapters(key)})
         check_whole(tensors)
+        if any(f".{cls.prefix}" in key for key in state_dict):  # a process that saves nothing passes an empty one
+            check_complete(layers, adapter_name, tensors)
         # What else is saved, PEFT takes out of `state_dict` after this.
         beside = _embeddings(model)
         others = tuple(

@@ -51,3 +51,26 @@ def check_whole(tensors: dict[str, Tensor]) -> None:
                 f"{tuple(tensor.shape)} for {key!r}. Save from every process inside FSDP's `summon_full_params` or "
                 "DeepSpeed's `GatheredParameters`, or pass `state_dict=accelerator.get_state_dict(model)`."
             )
+
+
+def check_complete(layers: dict[str, nn.Module], adapter_name: str, tensors: dict[str, Tensor]) -> None:
+    """Refuse to save an adapter without some of its factors.
+
+    Args:
+        layers: Adapted layers by their name in the state dict.
+        adapter_name: The adapter that is saved.
+        tensors: What was found of it.
+
+    Raises:
+        RuntimeError: A factor of a layer is not among `tensors`.
+    """
+    found = {ending for key in tensors for ending in (key, key.rpartition(".")[0])}
+    for name, layer in layers.items():
+        for container in ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general"):
+            key = f"{name}.{container}.{adapter_name}"
+            if adapter_name in getattr(layer, container) and key not in found:
+                raise RuntimeError(
+                    f"`save_pretrained` must find every factor of {adapter_name!r}; the state dict has no {key!r}. "
+                    "If it is parametrized, call `torch.nn.utils.parametrize.remove_parametrizations` first; if "
+                    "you passed a state dict, pass a whole one."
+                )
