@@ -122,6 +122,30 @@ for name, m in {"parallel": model, "one": one, "exact": exact}.items():
 error, usual = ((gradients[name] - gradients["exact"]).norm() for name in ("parallel", "one"))
 assert error < 1.5 * usual, (error, usual)
 
+# Second derivatives of the adapter's part: the base's own are wrong in transformers.
+from gralora.blocks import Factors, apply
+from gralora.tensor_parallel import _own, in_slice_update, out_slice_update
+
+mesh = dist.init_device_mesh("cpu", (2,))
+torch.manual_seed(2)
+leaves = [torch.randn(*shape, dtype=torch.float64) for shape in ((5, 8), (2, 4, 4), (2, 4, 6), (3, 8), (12, 3))]
+rows, columns = _own(12, mesh), _own(8, mesh)
+
+
+def penalty(update):
+    x, *factors = (leaf.clone().requires_grad_() for leaf in leaves)
+    first = torch.autograd.grad((update(x, Factors(*factors)) ** 3).sum(), factors, create_graph=True)
+    return torch.autograd.grad(sum((g**2).sum() for g in first), factors)
+
+
+exact = penalty(lambda x, factors: apply(x, factors, 1.0))
+for update in (
+    lambda x, factors: in_slice_update(x[:, columns.start : columns.stop], factors, columns, mesh),
+    lambda x, factors: out_slice_update(x, factors, rows, mesh),
+):
+    for ours, wanted in zip(penalty(update), exact):
+        close(ours, wanted)
+
 # Dropout: one mask for an input that both processes hold, so that they still agree.
 model = adapted(base(), gralora_dropout=0.5).train()
 torch.manual_seed(rank)
@@ -136,9 +160,11 @@ assert torch.equal(outputs, other)
 model = base(plan={"model.layers.*.mlp.gate_proj": "packed_colwise", "model.layers.*.mlp.up_proj": "packed_colwise"})
 refused(lambda: adapted(model), "must be one of 'colwise', 'rowwise'")
 assert not any(isinstance(m, gralora.GraloraLayer) for m in model.modules())
+model = base()
+refused(lambda: adapted(model, target_modules=["q_proj"], modules_to_save=["lm_head"]), "must not be sliced")
+assert not any(isinstance(m, gralora.GraloraLayer) for m in model.modules())
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-mesh = dist.init_device_mesh("cpu", (2,))
 model = parallelize_module(base(parallel=False), mesh, {"model.layers.0.self_attn.q_proj": ColwiseParallel()})
 refused(lambda: adapted(model), "must be in a tensor-parallel plan")
 dist.destroy_process_group()

@@ -142,6 +142,9 @@ class GraloraModel(BaseTuner):
                 _warn_of_unmatched_names(asked, self._places)
             for target in targets:
                 self._check_target(target, config, model)
+            for name, module in model.named_modules():
+                if _Target(module, [(name, module)]).is_trained_whole(config):
+                    tensor_parallel.check_trained_whole(model, name, module)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             self._mark_shared_weights()
             _announce_unmergeable(target for target in targets if not isinstance(target.module, GraloraLayer))

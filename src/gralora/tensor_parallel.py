@@ -23,8 +23,9 @@ import torch.distributed as dist
 from jaxtyping import Float
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_reduce, wait_tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor
 
 from gralora import fused
 from gralora.blocks import Factors, exchange
@@ -91,6 +92,19 @@ def placement_of(
             f"that is a DTensor, as transformers 5.17 and later make it; got {type(weight).__name__}. {way_out}"
         )
     return _LAYOUTS[plan], mesh
+
+
+def check_trained_whole(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Refuse to train a copy of a sliced module, as PEFT does for `modules_to_save`: it would get no gradient.
+
+    Raises:
+        ValueError: `module` of `model` is sliced.
+    """
+    if any(isinstance(p, DTensor) for p in module.parameters()) and _plan_and_mesh(model, name)[1] is not None:
+        raise ValueError(
+            f"{name!r} can't be trained whole: a module in `modules_to_save` must not be sliced by tensor parallelism; "
+            "PEFT's copy of it would get no gradient. Make it a target, or take it out of the tensor-parallel plan."
+        )
 
 
 def _plan_and_mesh(model: nn.Module, name: str) -> tuple[str | None, DeviceMesh | None]:
@@ -217,14 +231,35 @@ def _by_block(features: range, width: int) -> Iterator[tuple[int, slice]]:
 
 def _sum(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
     """Return the sum over all processes, which go on alike, so that the gradient passes as it is."""
-    partial: Any = DTensor.from_local(tensor, mesh, [Partial()], run_check=False)
-    return partial.redistribute(placements=[Replicate()]).to_local()
+    return _Sum.apply(tensor, mesh)
 
 
 def _sum_gradient(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
     """Return `tensor`, the same in all processes, which go on with different slices: the gradients are summed."""
-    common: Any = DTensor.from_local(tensor, mesh, [Replicate()], run_check=False)
-    return common.to_local(grad_placements=[Partial()])
+    return _SumGradient.apply(tensor, mesh)
+
+
+# Each is the other's backward pass, so that derivatives of any order are summed where they have to be.
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, mesh: DeviceMesh) -> Tensor:
+        ctx.mesh = mesh
+        return wait_tensor(all_reduce(tensor.contiguous(), "sum", mesh))
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return _SumGradient.apply(g, ctx.mesh), None
+
+
+class _SumGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, mesh: DeviceMesh) -> Tensor:
+        ctx.mesh = mesh
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return _Sum.apply(g, ctx.mesh), None
 
 
 def _broadcast_(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
