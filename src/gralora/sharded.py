@@ -67,13 +67,18 @@ def check_complete(layers: dict[str, nn.Module], adapter_name: str, tensors: dic
     found = {ending for key in tensors for ending in (key, key.rpartition(".")[0])}
     for name, layer in layers.items():
         for container in ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general"):
-            key, held = f"{name}.{container}.{adapter_name}", getattr(layer, container)
-            factor = held[adapter_name] if adapter_name in held else None
-            # PEFT's own tuner keeps an empty module where there is no hybrid part.
-            is_there = isinstance(factor, Tensor) or (factor is not None and any(True for _ in factor.parameters()))
-            if is_there and key not in found:
+            key = f"{name}.{container}.{adapter_name}"
+            if _holds_tensors(getattr(layer, container), adapter_name) and key not in found:
                 raise RuntimeError(
                     f"`save_pretrained` must find every factor of {adapter_name!r}; the state dict has no {key!r}. "
                     "If it is parametrized, call `torch.nn.utils.parametrize.remove_parametrizations` first; if "
                     "you passed a state dict, pass a whole one."
                 )
+
+
+def _holds_tensors(container: Any, adapter_name: str) -> bool:
+    """Return whether there are parameters of an adapter; PEFT's own tuner keeps an empty module for no hybrid part."""
+    if adapter_name not in container:
+        return False
+    factor = container[adapter_name]
+    return isinstance(factor, Tensor) or any(True for _ in factor.parameters())
