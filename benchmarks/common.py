@@ -18,7 +18,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
 
 import gralora
-from gralora.malloc import keep_freed_memory
+from gralora.recipe.malloc import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
 # Without, the first touch of fresh pages drowns what is measured on a CPU. A GPU's allocator keeps memory anyway.

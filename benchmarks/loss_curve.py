@@ -17,8 +17,8 @@ from common import LINEARS, device, native_peft, smollm2, table, write
 
 import gralora
 from gralora import pretrained
-from gralora.data import encode, parse_rows
-from gralora.tasks import support_rows
+from gralora.recipe.data import encode, parse_rows
+from gralora.recipe.tasks import support_rows
 
 SETTINGS = {"r": 32, "gralora_k": 2, "alpha": 64, "target_modules": LINEARS}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-with install_import_hook(["gralora.blocks", "gralora.fused"], "beartype.beartype"):
+with install_import_hook(["gralora.tuner.blocks", "gralora.tuner.fused"], "beartype.beartype"):
     import gralora
 
 import peft

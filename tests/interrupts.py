@@ -2,26 +2,26 @@
 
 import sys
 
-import gralora.base_weight
-import gralora.dense_update
-import gralora.layer
-import gralora.merge_records
-import gralora.model
-import gralora.numerics
-import gralora.quantised
-import gralora.shared_weights
-import gralora.weight_rows
+import gralora.tuner.layer
+import gralora.tuner.merging.dense_update
+import gralora.tuner.merging.merge
+import gralora.tuner.merging.quantised
+import gralora.tuner.merging.records
+import gralora.tuner.merging.rows
+import gralora.tuner.merging.sharing
+import gralora.tuner.model
+import gralora.tuner.numerics
 
 ROOMS = [
-    gralora.base_weight,
-    gralora.dense_update,
-    gralora.layer,
-    gralora.merge_records,
-    gralora.model,
-    gralora.numerics,
-    gralora.quantised,
-    gralora.shared_weights,
-    gralora.weight_rows,
+    gralora.tuner.merging.merge,
+    gralora.tuner.merging.dense_update,
+    gralora.tuner.layer,
+    gralora.tuner.merging.records,
+    gralora.tuner.model,
+    gralora.tuner.numerics,
+    gralora.tuner.merging.quantised,
+    gralora.tuner.merging.sharing,
+    gralora.tuner.merging.rows,
 ]
 FILES = {room.__file__ for room in ROOMS}
 

@@ -104,7 +104,7 @@ def test_weight_mapping_is_looked_up_when_an_adapter_is_loaded():
     source = inspect.getsource(import_module("transformers.integrations.peft"))
     assert "import" in source and "build_peft_weight_mapping" in source
     assert "\nfrom peft.utils.transformers_weight_conversion" not in source
-    assert conversion.build_peft_weight_mapping.__module__ == "gralora.registration"
+    assert conversion.build_peft_weight_mapping.__module__ == "gralora.tuner.registration"
 
 
 def test_peft_forwards_its_hooks_and_knows_the_type():
@@ -118,7 +118,7 @@ def test_fields_of_peft_s_own_config_are_ours_too():
     import dataclasses
 
     from gralora import GraloraConfig
-    from gralora.config import EXTRA_FIELDS
+    from gralora.tuner.config import EXTRA_FIELDS
 
     native = import_module("peft.tuners.gralora.config").GraloraConfig
     ours = {f.name for f in dataclasses.fields(GraloraConfig)}

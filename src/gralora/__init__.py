@@ -6,11 +6,12 @@ Importing this package is enough: from then on PEFT uses it for `PeftType.GRALOR
 
 from peft import PeftModel, get_peft_model
 
-from gralora.config import GraloraConfig
-from gralora.export import from_lora, to_lora
-from gralora.layer import GraloraLayer
-from gralora.model import GraloraModel, rescale_adapter_scale
-from gralora.registration import register, unregister
+from gralora.export import to_lora
+from gralora.importing import from_lora
+from gralora.tuner.config import GraloraConfig
+from gralora.tuner.layer import GraloraLayer
+from gralora.tuner.model import GraloraModel, rescale_adapter_scale
+from gralora.tuner.registration import register, unregister
 
 __version__ = "0.1.0"
 __all__ = [

@@ -8,7 +8,7 @@ import typer
 from gralora.export.diffusers import to_diffusers
 from gralora.export.engines import engines_for, llama_cpp_command, ways_out
 from gralora.export.gguf import to_gguf
-from gralora.export.lora_out import LoraExport, LoraOptions, to_lora
+from gralora.export.lora import LoraExport, LoraOptions, to_lora
 from gralora.pretrained import DTYPES
 
 _FORMATS = ("lora", "gguf", "diffusers")

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from gralora.inference import GenerationOptions
-from gralora.inference import generate as run_generation
+from gralora.recipe.answer import GenerationOptions
+from gralora.recipe.answer import generate as run_generation
 
 
 def generate(

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from gralora.export.checkpoint import read_config
-from gralora.export.lora_in import from_lora
-from gralora.export.original import import_original
+from gralora.files.checkpoint import read_config
+from gralora.importing.authors import import_original
+from gralora.importing.lora import from_lora
 
 
 def import_(

@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
-from gralora.merging import MergeOptions, MergeReport, merge_to_folder
-from gralora.progress import ConsoleReporter, quiet_libraries
+from gralora.export.merged_model import MergeOptions, MergeReport, merge_to_folder
+from gralora.recipe.progress import ConsoleReporter, quiet_libraries
 
 
 def merge(

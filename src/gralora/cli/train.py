@@ -5,12 +5,12 @@ from typing import Annotated, Any
 
 import typer
 
-from gralora.malloc import keep_freed_memory
-from gralora.options_file import merge, read_options_file
-from gralora.progress import ConsoleReporter
-from gralora.run_folder import RunFolder
-from gralora.training import TrainingOptions, TrainingResult, options_of_run
-from gralora.training import train as run_training
+from gralora.recipe.malloc import keep_freed_memory
+from gralora.recipe.options_file import merge, read_options_file
+from gralora.recipe.progress import ConsoleReporter
+from gralora.recipe.run_folder import RunFolder
+from gralora.recipe.training import TrainingOptions, TrainingResult, options_of_run
+from gralora.recipe.training import train as run_training
 
 _DEFAULTS = TrainingOptions.__dataclass_fields__
 

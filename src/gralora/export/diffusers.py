@@ -6,10 +6,10 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import nn
 
-from gralora.atomic import appearing, check_output
-from gralora.export.checkpoint import PREFIX, Adapter, open_adapter
-from gralora.export.lora_out import LoraExport, LoraOptions, check_written, convert
+from gralora.export.lora import LoraExport, LoraOptions, check_written, convert
 from gralora.export.verify import LoraFile
+from gralora.files.atomic import appearing, check_output
+from gralora.files.checkpoint import PREFIX, Adapter, open_adapter
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # that diffusers looks for in a folder
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")

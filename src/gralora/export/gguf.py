@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gralora.atomic import appearing, check_output
-from gralora.export.checkpoint import open_adapter
-from gralora.export.lora_out import LoraExport, LoraOptions, check_written, convert
+from gralora.export.lora import LoraExport, LoraOptions, check_written, convert
 from gralora.export.verify import LoraFile
+from gralora.files.atomic import appearing, check_output
+from gralora.files.checkpoint import open_adapter
 
 CONVERTER = "convert_lora_to_gguf.py"
 _OUT_TYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}

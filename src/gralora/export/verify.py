@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gralora import blocks
-from gralora.blocks import Factors
-from gralora.export.checkpoint import PREFIX, TensorFile, read_config, tensor_path
+from gralora.files.checkpoint import PREFIX, TensorFile, read_config, tensor_path
+from gralora.tuner import blocks
+from gralora.tuner.blocks import Factors
 
 _ROWS = 1024  # of ΔW in memory at once
 

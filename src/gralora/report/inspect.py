@@ -9,13 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gralora import blocks
-from gralora.blocks import Factors
-from gralora.export import compress
-from gralora.export.base import BaseWeights
-from gralora.export.checkpoint import Adapter, open_adapter
 from gralora.export.engines import VLLM_RANKS, vllm_max_lora_rank
-from gralora.export.threads import threads_for
+from gralora.files.checkpoint import Adapter, open_adapter
+from gralora.files.model_weights import BaseWeights
+from gralora.tuner import blocks, svd
+from gralora.tuner.blocks import Factors
+from gralora.tuner.numerics import threads_for
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ def block_norms(factors: Factors, scale: float) -> Float[Tensor, "k k"]:
 
 def _measure(adapter: Adapter, name: str, weights: BaseWeights | None) -> LayerReport:
     layer, factors = adapter.layers[name], adapter.factors(name)
-    s = compress.singular_values(factors, layer.settings.scaling)
+    s = svd.singular_values(factors, layer.settings.scaling)
     norm = float(s.square().sum().sqrt())
     of = weights.norm(name, (layer.out_features, layer.in_features)) if weights else None
     return LayerReport(
@@ -144,8 +143,8 @@ def _measure(adapter: Adapter, name: str, weights: BaseWeights | None) -> LayerR
         scale=layer.settings.scaling,
         norm=norm,
         relative_norm=norm / of if of else None,
-        effective_rank=compress.effective_rank(s),
+        effective_rank=svd.effective_rank(s),
         lora_rank=layer.rank,
-        needed_rank=compress.numerical_rank(s, factors),
+        needed_rank=svd.numerical_rank(s, factors),
         parameters=layer.parameters,
     )

@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gralora.atomic import appearing, check_output
-from gralora.export.checkpoint import open_adapter
+from gralora.files.atomic import appearing, check_output
+from gralora.files.checkpoint import open_adapter
 from gralora.optional import require
 from gralora.report.inspect import Report, block_norms
 

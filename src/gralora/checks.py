@@ -1,0 +1,61 @@
+"""Checks of single values, and the names of dtypes: one rule and one message for every caller."""
+
+import math
+from typing import Any
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def require_integer(name: str, value: Any, minimum: int = 1, maximum: int | None = None) -> None:
+    """Check that `value` is an integer, and no bool, from `minimum` to `maximum`.
+
+    Raises:
+        ValueError: It is not.
+
+    Example:
+        >>> require_integer("r", True)
+        Traceback (most recent call last):
+        ...
+        ValueError: `r` must be a positive integer; got r=True.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and minimum <= value and (maximum or value) >= value:
+        return
+    rule = {1: "a positive integer", 0: "zero or a positive integer"}.get(minimum, f"an integer of at least {minimum}")
+    if maximum is not None:
+        rule = f"an integer from {minimum} to {maximum}"
+    raise ValueError(f"`{name}` must be {rule}; got {name}={value!r}.")
+
+
+def require_positive(name: str, value: Any) -> None:
+    """Check that `value` is a finite positive number, and no bool.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not is_number(value) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"`{name}` must be a finite positive number; got {name}={value!r}.")
+
+
+def is_number(value: Any) -> bool:
+    """Return whether `value` is an int or a float, and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def dtype_named(name: str, auto: torch.dtype | None = None) -> torch.dtype:
+    """Return the dtype called `name`: float32, bfloat16 or float16.
+
+    Args:
+        name: Its name.
+        auto: The dtype that "auto" stands for; None where "auto" is not allowed.
+
+    Raises:
+        ValueError: Another name.
+    """
+    if auto is not None and name == "auto":
+        return auto
+    if name not in DTYPES:
+        names = [*(("auto",) if auto is not None else ()), *DTYPES]
+        raise ValueError(f"`dtype` must be {', '.join(map(repr, names[:-1]))} or {names[-1]!r}; got dtype={name!r}.")
+    return DTYPES[name]

@@ -1,0 +1,1 @@
+"""Adapters and models on disk: reading and writing their files."""

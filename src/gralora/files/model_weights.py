@@ -1,0 +1,54 @@
+"""Weights of a base model, read one at a time from its folder."""
+
+import json
+from pathlib import Path
+
+from gralora.files.checkpoint import TensorFile
+
+_FILE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+# Where diffusers keeps a component.
+_COMPONENT_FILE = "diffusion_pytorch_model.safetensors"
+
+
+class BaseWeights:
+    """The weights in the safetensors files of a model folder.
+
+    Args:
+        folder: That of the model.
+
+    Raises:
+        FileNotFoundError: It has no safetensors file.
+        ValueError: One is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        names = [name for name in (_FILE, _COMPONENT_FILE) if (folder / name).is_file()]
+        if not names and (folder / _INDEX).is_file():
+            try:
+                names = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError) as error:
+                raise ValueError(
+                    f"{str(folder / _INDEX)!r} must be the index of a model; it can't be read: {error}"
+                ) from None
+        if not names:
+            raise FileNotFoundError(f"`base` must be the folder of a model; {str(folder)!r} has no {_FILE}.")
+        self._files: dict[str, TensorFile] = {}
+        for file in (TensorFile(folder / name) for name in names):
+            self._files |= dict.fromkeys(file.keys(), file)
+
+    def norm(self, module: str, shape: tuple[int, int]) -> float | None:
+        """Return the Frobenius norm of a module's weight, or None where there is none of that shape.
+
+        Files often lack the first part of a module's name (`transformer.` of GPT-2), so what is left
+        without it is tried too.
+        """
+        parts = module.split(".")
+        for start in range(len(parts)):
+            key = ".".join([*parts[start:], "weight"])
+            if key in self._files:
+                file = self._files[key]
+                if file.shape(key) in (shape, shape[::-1]):
+                    return float(file.read(key).double().norm())
+                return None
+        return None

@@ -1,0 +1,88 @@
+"""The README of an adapter."""
+
+import json
+from typing import TYPE_CHECKING
+
+from gralora.pretrained import DEFAULT_MODEL, INSTALL_DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from gralora.recipe.training import TrainingOptions, TrainingResult
+
+
+def render(options: "TrainingOptions", result: "TrainingResult") -> str:
+    """Return the model card of an adapter that `train` wrote."""
+    data = options.data or "the task that ships with gralora: a customer's message in, JSON of four fields out"
+    state = f", interrupted there; the run has {result.total_steps}" if result.interrupted else ""
+    facts = {
+        "base model": f"`{options.model}`",
+        "data": data,
+        "steps": f"{result.steps} of {options.batch_size} rows{state}",
+        "rank r, hybrid_r": f"{options.r}, {options.hybrid_r}",
+        "blocks per side k": options.k,
+        "alpha": f"{options.alpha:g}",
+        "target modules": f"`{options.target_modules}`",
+        "learning rate": f"{options.lr:g}, cosine, with warm-up",
+        "seed": options.seed,
+    }
+    if result.losses:
+        facts["loss, first and last step"] = f"{result.losses[0]:.4f}, {result.losses[-1]:.4f}"
+    if result.before is not None:
+        facts["exact match on held-out rows, before"] = f"{result.before:.1%}"
+    if result.after is not None:
+        facts["exact match on held-out rows, after"] = f"{result.after:.1%}"
+    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    curve = "\n![Training loss over the steps](loss.png)\n" if result.losses else ""
+    return _CARD.format(metadata=_metadata(options.model), table=table, curve=curve, load=_load_snippet(options.model))
+
+
+def _metadata(model: str) -> str:
+    # The hub takes a name of its own there, no path.
+    is_hub_name = model.count("/") == 1 and not model.startswith((".", "/", "~")) and not model.endswith(".gguf")
+    return f"base_model: {json.dumps(model)}\n" if is_hub_name else ""
+
+
+def _load_snippet(model: str) -> str:
+    if model == DEFAULT_MODEL or model.endswith(".gguf"):
+        install = f"    # {INSTALL_DEFAULT_MODEL}\n" if model == DEFAULT_MODEL else ""
+        return (
+            f"{install}    from gralora import PeftModel, pretrained\n\n"
+            f"    base, tokenizer = pretrained.load({model!r})\n"
+            '    model = PeftModel.from_pretrained(base, "path/to/this/folder")'
+        )
+    return (
+        "    import gralora\n"
+        "    from peft import PeftModel\n"
+        "    from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"    base = AutoModelForCausalLM.from_pretrained({model!r})\n"
+        f"    tokenizer = AutoTokenizer.from_pretrained({model!r})\n"
+        '    model = PeftModel.from_pretrained(base, "path/to/this/folder")'
+    )
+
+
+_CARD = """\
+---
+{metadata}library_name: peft
+pipeline_tag: text-generation
+tags:
+- gralora
+---
+
+# GraLoRA adapter
+
+Trained with [gralora](https://pypi.org/project/gralora/): Granular Low-Rank Adaptation
+([Jung et al., NeurIPS 2025](https://arxiv.org/abs/2505.20355)).
+
+| | |
+| --- | --- |
+{table}
+{curve}
+## Use
+
+On the command line:
+
+    gralora generate path/to/this/folder --prompt "..."
+
+In Python:
+
+{load}
+"""

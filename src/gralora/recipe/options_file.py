@@ -1,0 +1,69 @@
+"""Options of `gralora train` from a YAML file."""
+
+import difflib
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args
+
+from gralora.optional import require
+from gralora.recipe.training import TrainingOptions
+
+
+def read_options_file(path: str) -> dict[str, Any]:
+    """Return the options in a YAML file, by the names of `TrainingOptions`; hyphens may stand for underscores.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: No YAML, no mapping, an unknown name, or a value of the wrong kind.
+    """
+    require("yaml", extra="train")
+    import yaml
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"`config` must be a YAML file; there is no {path!r}.")
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"`config` must be a YAML file; {path!r} is not: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"`config` must map names to values; {path!r} holds a {type(content).__name__}.")
+    kinds = {field.name: (get_args(field.type) or (field.type,))[0] for field in fields(TrainingOptions)}
+    options = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in kinds:
+            near = difflib.get_close_matches(name, kinds, n=1, cutoff=0)
+            raise ValueError(
+                f"`config` must hold options of `gralora train`; got {key!r} in {path!r}. Nearest: {near[0]!r}."
+            )
+        if name in options:
+            raise ValueError(f"`config` must name an option once; got {key!r} twice in {path!r}.")
+        if value is not None:
+            options[name] = _converted(name, value, kinds[name])
+    return options
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` overlaid with `over`; `steps` and `epochs` count as one option.
+
+    Example:
+        >>> merge({"epochs": 3, "r": 8}, {"steps": 10})
+        {'r': 8, 'steps': 10}
+    """
+    hidden = {"steps", "epochs"} if {"steps", "epochs"} & set(over) else set()
+    return {**{name: value for name, value in base.items() if name not in hidden}, **over}
+
+
+def _converted(name: str, value: Any, kind: type) -> Any:
+    if name == "target_modules" and isinstance(value, list):
+        return ",".join(map(str, value))
+    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+        # YAML takes 1e-4, without a point, for text.
+        with suppress(ValueError):
+            return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"`{name}` must be of type {kind.__name__}; got {name}={value!r}.")
+    return value

@@ -1,5 +1,0 @@
-"""Tasks that ship with the package: rows to train on, and held-out rows to score."""
-
-from gralora.tasks.support import support_rows
-
-__all__ = ["support_rows"]

@@ -1,0 +1,287 @@
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+"""What a user can ask for, and every check that needs no model."""
+
+import copy
+import math
+import warnings
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
+
+from peft.config import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import PeftType, TaskType
+from peft.utils.other import get_pattern_key
+
+from gralora.checks import is_number, require_integer, require_positive
+
+# Fields that PEFT's own GraLoRA does not know. They reach `adapter_config.json` only where they differ
+# from their default, so that an adapter which does without them loads in plain PEFT.
+EXTRA_FIELDS = (
+    "exclude_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "k_pattern",
+    "use_rslora",
+    "trainable_token_indices",
+)
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """What one adapter is on one layer, after the patterns were applied."""
+
+    r: int
+    hybrid_r: int
+    alpha: float
+    gralora_k: int
+    gralora_dropout: float
+    init_weights: bool
+    use_rslora: bool
+
+    @property
+    def scaling(self) -> float:
+        """`alpha / (r + hybrid_r)`, or `alpha / sqrt(r + hybrid_r)` with `use_rslora`."""
+        rank = self.r + self.hybrid_r
+        return self.alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+@dataclass
+class GraloraConfig(PeftConfig):
+    """Configuration of a GraLoRA adapter (Jung et al., NeurIPS 2025, arXiv 2505.20355).
+
+    Every value is checked here; what depends on the model is checked when the adapter is put on, before
+    anything is changed.
+
+    Args:
+        r: Rank, as LoRA counts it: parameters are those of LoRA at rank `r`. A positive multiple of
+            `gralora_k`.
+        hybrid_r: Rank of the plain LoRA beside the blocks; 0 for none.
+        target_modules: Module names (matched at their end), a regular expression over the whole name,
+            `"all-linear"`, or None for PEFT's choice for the architecture. The last two are replaced, when the
+            adapter is put on, by names that match the chosen modules and no others.
+        alpha: The update is scaled by `alpha / (r + hybrid_r)`.
+        gralora_dropout: Probability in [0, 1) of dropping an input of the adapter; both parts see the
+            same draw.
+        gralora_k: Blocks per side. Divides `r` and both widths of every adapted layer. The paper takes 2
+            at rank 32 or less, 4 from rank 64 on.
+        fan_in_fan_out: Kept for compatibility: each layer's layout is read off its type.
+        bias: `"none"`, `"all"`, or `"gralora_only"` to train the biases of adapted layers.
+        modules_to_save: Modules to train and save whole. PEFT adds the heads of classification and question
+            answering, by `task_type`.
+        init_weights: True starts at an update of exactly zero, False at a random one.
+        layers_to_transform: Layer index or indices to adapt. Needs `target_modules` to be a list.
+        layers_pattern: Name of the list of layers, where it is not one of the common ones.
+        exclude_modules: Names, or a regular expression, of modules to leave alone.
+        rank_pattern: `r` for modules whose name matches the key (a name or a regular expression).
+        alpha_pattern: `alpha`, likewise.
+        k_pattern: `gralora_k`, likewise.
+        use_rslora: Scale by `alpha / sqrt(r + hybrid_r)` (Kalajdzievski, arXiv 2312.03732).
+        trainable_token_indices: Rows of the embedding to train beside the adapter, as in PEFT's LoRA.
+
+    Raises:
+        ValueError: A value breaks its rule; the message names both.
+
+    Example:
+        >>> GraloraConfig(r=32, gralora_k=3)
+        Traceback (most recent call last):
+        ...
+        ValueError: `gralora_k` must divide `r`; got gralora_k=3 with r=32. Values that fit: 1, 2, 4, 8, 16, 32.
+    """
+
+    r: int = 32
+    hybrid_r: int = 0
+    target_modules: list[str] | str | None = None
+    alpha: float = 64
+    gralora_dropout: float = 0.0
+    gralora_k: int = 2
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "gralora_only"] = "none"
+    modules_to_save: list[str] | None = None
+    init_weights: bool = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    rank_pattern: dict[str, int] | None = field(default_factory=dict)
+    alpha_pattern: dict[str, float] | None = field(default_factory=dict)
+    k_pattern: dict[str, int] | None = field(default_factory=dict)
+    use_rslora: bool = False
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    is_registered: ClassVar[bool] = False  # whether PEFT uses our tuner
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.GRALORA
+        self.check()
+
+    def check(self) -> None:
+        """Check every field, as at creation.
+
+        Raises:
+            ValueError: A value breaks its rule.
+        """
+        self._normalise_collections()
+        self._check_values()
+        self._check_layer_selection()
+
+    @property
+    def asks_for_all_linear(self) -> bool:
+        """Whether `target_modules` is `"all-linear"`, in any case."""
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """False. PEFT asks before it puts an adapter on, and then its own tuner would drop fields of ours.
+
+        Raises:
+            ValueError: The tuner that PEFT uses does not know a field that is set.
+        """
+        if self.is_registered:  # asked in every forward pass, compiled ones included
+            return False
+        known = {f.name for f in fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.GRALORA])}
+        if unknown := [name for name in EXTRA_FIELDS if name not in known and getattr(self, name)]:
+            raise ValueError(
+                "A config for PEFT's own GraLoRA must do without fields that it does not know; got "
+                f"{', '.join(f'{name}={getattr(self, name)!r}' for name in unknown)}. Call `gralora.register()` first."
+            )
+        return False
+
+    @classmethod
+    def adopt(cls, config: Any) -> "GraloraConfig":
+        """Return `config` itself, checked anew, where it is one of ours, else a copy of ours."""
+        if isinstance(config, cls):
+            config.check()
+            return config
+        adopted = cls.copy_of(config)
+        # PEFT adds these heads to the caller's config when the adapter is on: one list for both.
+        if config.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS):
+            adopted.modules_to_save = config.modules_to_save = list(adopted.modules_to_save or ())
+        return adopted
+
+    @classmethod
+    def copy_of(cls, config: PeftConfig) -> "GraloraConfig":
+        """Return a checked, independent copy of `config`, which may be of PEFT's own class."""
+        known = {f.name: copy.deepcopy(getattr(config, f.name)) for f in fields(cls) if hasattr(config, f.name)}
+        return cls(**known)
+
+    def settings_for(self, module_name: str) -> LayerSettings:
+        """Return the settings of the layer called `module_name`.
+
+        Raises:
+            ValueError: The patterns give that layer a `gralora_k` that does not divide its `r`.
+        """
+
+        def value_of(patterns: dict[str, Any] | None, default: Any) -> Any:
+            return (patterns or {}).get(get_pattern_key(list(patterns or {}), module_name), default)
+
+        r, k = value_of(self.rank_pattern, self.r), value_of(self.k_pattern, self.gralora_k)
+        if r % k:
+            raise ValueError(
+                f"`gralora_k` must divide `r`; got gralora_k={k} with r={r} at {module_name!r}. "
+                f"Change `rank_pattern` or `k_pattern` for it. Values that fit: {_divisors(r)}."
+            )
+        return LayerSettings(
+            r=r,
+            hybrid_r=self.hybrid_r,
+            alpha=value_of(self.alpha_pattern, self.alpha),
+            gralora_k=k,
+            gralora_dropout=self.gralora_dropout,
+            init_weights=self.init_weights,
+            use_rslora=self.use_rslora,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as `adapter_config.json` holds them.
+
+        What PEFT's own GraLoRA does not know is left out at its default. A uniform `use_rslora` is
+        written as the plain `alpha` of the same scale.
+        """
+        written = super().to_dict()
+        if self.use_rslora and not self.rank_pattern and not self.alpha_pattern:
+            written["use_rslora"] = False
+            written["alpha"] = _alpha_for_scaling(self.settings_for("").scaling, self.r + self.hybrid_r)
+        for name in EXTRA_FIELDS:
+            if not written[name]:
+                del written[name]
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in written.items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`; says so where plain PEFT could not read the adapter."""
+        ours_only = [name for name in EXTRA_FIELDS if name in self.to_dict()]
+        if ours_only:
+            warnings.warn(
+                f"This adapter uses {', '.join(f'`{name}`' for name in ours_only)}, which PEFT's own GraLoRA does "
+                "not know: `import gralora` before loading it.",
+                stacklevel=2,
+            )
+        super().save_pretrained(save_directory, **kwargs)
+
+    def _normalise_collections(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, list | tuple):
+                setattr(self, name, set(value))
+        for name in ("rank_pattern", "alpha_pattern", "k_pattern"):
+            if getattr(self, name) is None:
+                setattr(self, name, {})
+
+    def _check_values(self) -> None:
+        require_integer("r", self.r, minimum=1)
+        require_integer("hybrid_r", self.hybrid_r, minimum=0)
+        require_integer("gralora_k", self.gralora_k, minimum=1)
+        if self.r % self.gralora_k:
+            raise ValueError(
+                f"`gralora_k` must divide `r`; got gralora_k={self.gralora_k} with r={self.r}. "
+                f"Values that fit: {_divisors(self.r)}."
+            )
+        require_positive("alpha", self.alpha)
+        if not is_number(self.gralora_dropout) or not 0 <= self.gralora_dropout < 1:
+            raise ValueError(f"`gralora_dropout` must be in [0, 1); got gralora_dropout={self.gralora_dropout!r}.")
+        if self.bias not in ("none", "all", "gralora_only"):
+            raise ValueError(f"`bias` must be 'none', 'all' or 'gralora_only'; got bias={self.bias!r}.")
+        for name in ("init_weights", "use_rslora", "fan_in_fan_out"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be True or False; got {name}={getattr(self, name)!r}.")
+        for name in ("rank_pattern", "k_pattern", "alpha_pattern"):
+            patterns = getattr(self, name)
+            if not isinstance(patterns, dict):
+                raise ValueError(f"`{name}` must map module names to values; got {name}={patterns!r}.")
+            for key, value in patterns.items():
+                if name == "alpha_pattern":
+                    require_positive(f"{name}[{key!r}]", value)
+                else:
+                    require_integer(f"{name}[{key!r}]", value, minimum=1)
+
+    def _check_layer_selection(self) -> None:
+        if self.target_modules is not None and not isinstance(self.target_modules, str | set):
+            raise ValueError(
+                "`target_modules` must be a list of names, a regular expression or 'all-linear'; "
+                f"got target_modules={self.target_modules!r}."
+            )
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                raise ValueError(
+                    f"`{name}` must not be given when `target_modules` is a string; got {name}="
+                    f"{getattr(self, name)!r} with target_modules={self.target_modules!r}. "
+                    "Give `target_modules` as a list, or put the layers into the regular expression."
+                )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"`layers_pattern` must come with `layers_to_transform`; got layers_pattern={self.layers_pattern!r}."
+            )
+
+
+def divisors(number: int) -> list[int]:
+    """Return the divisors of `number`, ascending."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(map(str, divisors(number)))
+
+
+def _alpha_for_scaling(scaling: float, rank: int) -> float:
+    """Return the alpha with `alpha / rank == scaling`, to the last bit where such a float exists."""
+    alpha = scaling * rank
+    neighbours = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, 0))
+    return min(neighbours, key=lambda candidate: abs(candidate / rank - scaling))

@@ -1,0 +1,178 @@
+"""The weight under an adapter: can it be merged, and everything that a merge needs before it is written."""
+
+from collections.abc import Callable
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.quantization_utils import QuantizationBackend
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from gralora.tuner.merging import quantised
+from gralora.tuner.merging.dense_update import Part, Scratch, sum_dtype
+from gralora.tuner.merging.records import CopyRecord, DenseRecord, ForgottenRecord, MergeRecord, Place, SharedRecord
+from gralora.tuner.merging.rows import as_integers, chunks, digest, local, window_of
+from gralora.tuner.merging.sharing import UNSHARED, Sharing, own_copy
+from gralora.tuner.numerics import pinned_numerics
+
+
+def obstacle_to_merging(base: nn.Module, backend: QuantizationBackend | None) -> str | None:
+    """Return why the weight of `base` can't be read and rewritten, and the way out, or None where it can."""
+    way_out = "to merge, load the base model in 16 or 32 bits"
+    if backend is not None:
+        return None if backend.supports_merge else f"{backend.backend_name} weights can't be written; {way_out}"
+    # PEFT's wrapper of trainable tokens computes its `weight` when asked, from tensors that may be on meta.
+    weight = None if isinstance(base, AuxiliaryTrainingWrapper) else getattr(base, "weight", None)
+    if not isinstance(weight, Tensor if _flattened_by_fsdp1(base) else nn.Parameter):
+        return f"its base, {type(base).__name__}, holds no plain `weight` parameter"
+    if type(weight) not in (nn.Parameter, Tensor, DTensor):
+        return f"its base weight is a {type(weight).__name__}; {way_out}"
+    if not weight.is_floating_point() or weight.dtype.itemsize == 1:
+        return f"its base weight is of type {weight.dtype}; {way_out}"
+    return None
+
+
+def absence(base: nn.Module) -> str | None:
+    """Return why the weight of `base` can't be rewritten at the moment, for how it is sharded, or None."""
+    weight = getattr(base, "weight", None)
+    if isinstance(weight, DTensor):
+        return None
+    flat = isinstance(weight, nn.Parameter) and weight.is_floating_point() and weight.dim() != 2
+    if flat or (_flattened_by_fsdp1(base) and not isinstance(weight, nn.Parameter)):
+        return (
+            "only a shard of its base weight is here. Merge and unmerge inside one `with` of FSDP's "
+            "`summon_full_params` or DeepSpeed's `GatheredParameters`."
+        )
+    # Both kinds of FSDP mark their modules so; FSDP1 alone marks the parameter, or says that it was flattened.
+    fsdp1 = getattr(weight, "_fsdp_flattened", False) or _flattened_by_fsdp1(base)
+    if getattr(base, "_is_fsdp_managed_module", False) and not fsdp1:
+        return (
+            "its base weight is gathered for a forward pass, so that what is written to it would be lost. Call "
+            "`reshard()` of the model that `fully_shard` returned first."
+        )
+    return None
+
+
+def separation_refusal(base: nn.Module, sharing: Sharing, own_weights: bool) -> str | None:
+    """Return why the weight of `base` can't be replaced by one of its own where it has to be, or None."""
+    if isinstance(getattr(base, "weight", None), DTensor):
+        if sharing:
+            return "its base weight is sharded and tied to another one. Untie them, or take it out of `target_modules`."
+        if own_weights:
+            return "its base weight is sharded, so that it can't be replaced by one of its own (`own_weights=True`)."
+    if sharing.module and "forward" in base.__dict__:
+        return (
+            f"its base, {type(base).__name__}, is called from elsewhere in the model too, and its `forward` was "
+            "replaced (by offloading, say), so that it can't be copied. Merge before that, or take it out of "
+            "`target_modules`."
+        )
+    return None
+
+
+def _flattened_by_fsdp1(base: nn.Module) -> bool:
+    """Return whether FSDP1 (`use_orig_params=False`) makes a parameter of the weight in `summon_full_params` only."""
+    return not getattr(base, "_fsdp_use_orig_params", True)
+
+
+def prepare(
+    layer: BaseTunerLayer,
+    names: list[str],
+    parts: list[Part],
+    safe: bool = False,
+    keep: bool = True,
+    sharing: Sharing = UNSHARED,
+) -> tuple[MergeRecord, Callable[[], None]]:
+    """Work out a merge of `parts` into the base weight of `layer`; nothing has changed yet.
+
+    A dense weight is written in place, into the same storage; one that another module holds too is
+    replaced by a parameter of its own. A quantised one is dequantised, merged and quantised again.
+
+    Args:
+        layer: Tuner layer.
+        names: The adapters, for the record.
+        parts: Their factors and scales.
+        safe: Refuse a result that is not finite.
+        keep: Keep what an unmerge needs.
+        sharing: What of the base others hold, which is to stay as it is.
+
+    Returns:
+        The way back, and what writes the merged weight.
+
+    Raises:
+        ValueError: A non-finite result with `safe`.
+        RuntimeError: The weight is not loaded.
+    """
+    base = layer.get_base_layer()
+    own_module = own_copy(base) if sharing.module else None
+    with pinned_numerics():
+        if layer.quantization_backend is not None:
+            merged, record, write = quantised.prepare(layer, names, parts, keep, own_module)
+            _check_finite(merged, names, safe)
+            return record, write
+        if base.weight.device.type == "meta":
+            raise RuntimeError("this layer can't be merged: its base weight is not loaded (meta device).")
+        merged, record = _merged(layer, names, parts, keep, shared=bool(sharing))
+        _check_finite(merged, names, safe)
+        if sharing:
+            parameter = nn.Parameter(merged, requires_grad=base.weight.requires_grad)
+            place = Place(own_module or base, parameter, parameter)
+        else:
+            place = Place(base, base.weight, merged)
+        return record, lambda: place.put_back(layer)
+
+
+def _merged(
+    layer: BaseTunerLayer, names: list[str], parts: list[Part], keep: bool, shared: bool
+) -> tuple[Tensor, MergeRecord]:
+    """Return `weight + Δ`, rounded once, and the way back."""
+    now = Place.now(layer)
+    weight = now.parameter
+    merged = torch.empty_like(weight)
+    window, merged_rows = (window_of(tensor, layer.fan_in_fan_out) for tensor in (weight, merged))
+    merged_rows = merged_rows.rows
+    way_back = DenseRecord.start(names, weight, parts) if keep and not shared else None
+    kept = parts if way_back is None else way_back.parts
+    same = all(a.factors.A.dtype == b.factors.A.dtype for a, b in zip(kept, parts, strict=True))
+    # An undo computes these products again, so their operands need the same memory layout.
+    parts = kept if same else parts
+    scratch, whole, before, after = Scratch(window, parts), way_back is not None, [], []
+    kept_scratch = scratch if sum_dtype(window.rows, kept) == scratch.dtype else Scratch(window, kept)
+    for start, stop in chunks(window.rows):
+        original, chunk = window.rows[start:stop].contiguous(), merged_rows[start:stop]
+        update = scratch.delta(parts, start, stop)
+        chunk.copy_(scratch.sum(original, update))
+        before.append(digest(original))
+        after.append(digest(chunk))
+        if way_back is not None and whole:
+            kept_update = update if same else kept_scratch.delta(kept, start, stop)
+            way_back.note(original, kept_scratch.unrounded(chunk, kept_update))
+            whole = way_back.nbytes < window.rows.nbytes
+    fingerprints = as_integers(before), as_integers(after)
+    if way_back is not None and whole:
+        way_back.before, way_back.after = fingerprints
+        return merged, way_back
+    if not keep:
+        return merged, ForgottenRecord(names, *fingerprints)
+    if shared:
+        return merged, SharedRecord(names, *fingerprints, now)
+    return merged, CopyRecord(names, *fingerprints, local(weight).clone())
+
+
+def _check_finite(merged: Tensor, names: list[str], safe: bool) -> None:
+    if safe and not agreed(bool(torch.isfinite(local(merged)).all()), merged):
+        raise ValueError(
+            f"the merged weight must be finite; merging {', '.join(map(repr, names))} gives non-finite values. "
+            "Nothing was merged."
+        )
+
+
+def agreed(verdict: bool, weight: Tensor | None) -> bool:
+    """Return whether every process that holds a part of `weight` came to a true `verdict`; all of them must ask."""
+    if not isinstance(weight, DTensor):
+        return verdict
+    everywhere = torch.tensor(verdict, dtype=torch.uint8, device=weight.device)
+    for dimension in range(weight.device_mesh.ndim):
+        group = weight.device_mesh.get_group(dimension)
+        torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN, group)
+    return bool(everywhere)

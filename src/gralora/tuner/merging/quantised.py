@@ -1,0 +1,145 @@
+"""Merging into packed weights: dequantise, merge, quantise again, and the way back to the packed original."""
+
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.quantization_utils import QuantizationBackend
+from torch import Tensor, nn
+
+from gralora.tuner.merging.dense_update import Part, delta, sum_dtype
+from gralora.tuner.merging.records import ForgottenRecord, MergeRecord, Place
+from gralora.tuner.merging.rows import as_integers, digest
+
+
+class PackedPlace(NamedTuple):
+    """A packed weight: its module, parameters, and the attributes that a backend overwrites."""
+
+    base: nn.Module
+    parameters: dict[str, nn.Parameter | None]
+    attributes: list[tuple[Any, dict[str, Any]]]
+
+    @classmethod
+    def now(cls, layer: BaseTunerLayer) -> "PackedPlace":
+        """Return where the packed weight of `layer` is."""
+        base = layer.get_base_layer()
+        weight = getattr(base, "weight", None)
+        owners = [weight, getattr(weight, "quant_state", None), getattr(base, "state", None)]
+        attributes = [(owner, dict(owner.__dict__)) for owner in owners if hasattr(owner, "__dict__")]
+        if "quant_state" in base.__dict__:
+            attributes.append((base, {"quant_state": base.quant_state}))
+        return cls(base, dict(base._parameters), attributes)
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The packed weight, where it is a parameter."""
+        return self.parameters.get("weight")
+
+    def put_back(self, layer: BaseTunerLayer) -> None:
+        """Make this the weight of `layer`, the same objects with the same bits. Doing it again changes nothing."""
+        for owner, attributes in self.attributes:
+            owner.__dict__.update(attributes)
+        self.base.__dict__.pop("weight", None)
+        self.base._parameters.update(self.parameters)
+        layer._modules["base_layer"] = self.base
+
+
+@dataclass
+class PackedRecord(MergeRecord):
+    """The packed original, and what was merged."""
+
+    original: PackedPlace
+    parts: list[Part]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weight and of the factors."""
+        factors = (tensor for part in self.parts for tensor in part.factors if tensor is not None)
+        weight = self.original.weight
+        return sum(tensor.nbytes for tensor in factors) + (0 if weight is None else weight.nbytes)
+
+    def _recover(self, layer: BaseTunerLayer, place: Place) -> Any:
+        return self.original
+
+
+def prepare(
+    layer: BaseTunerLayer, names: list[str], parts: list[Part], keep: bool, own_module: nn.Module | None
+) -> tuple[Tensor, MergeRecord, Callable[[], None]]:
+    """Return the merged weight, its record, and what writes it; nothing has changed yet.
+
+    Args:
+        layer: Tuner layer with a `quantization_backend` that can write.
+        names: The adapters.
+        parts: Their factors and scales.
+        keep: Keep the packed original.
+        own_module: What becomes the base, where others call the one that is.
+    """
+    backend: Any = layer.quantization_backend
+    if own_module is not None and "state" in own_module.__dict__:
+        own_module.__dict__["state"] = copy(own_module.__dict__["state"])  # bitsandbytes' 8-bit weight lies there, too
+    dense = dequantised(layer)
+    exact = delta(parts, sum_dtype(dense, parts)).to(dense.device).add_(dense)
+    merged, original = exact.to(dense.dtype), PackedPlace.now(layer)
+    before = packed_fingerprint(original.base)
+    record = (
+        PackedRecord(names, before, before, original, [part.kept() for part in parts])
+        if keep
+        else ForgottenRecord(names, before, before)
+    )
+
+    def write() -> None:
+        try:
+            if own_module is not None:
+                layer._modules["base_layer"] = own_module
+            backend.set_base_weight(layer, merged)
+            record.after = packed_fingerprint(layer.get_base_layer())
+        except BaseException:
+            original.put_back(layer)
+            raise
+
+    return merged, record, write
+
+
+def dequantised(layer: BaseTunerLayer) -> Tensor:
+    """Return the quantised base weight of `layer` as a dense `[out, in]` tensor of its own."""
+    base, backend = layer.get_base_layer(), cast(QuantizationBackend, layer.quantization_backend)
+    state: Any = getattr(getattr(base, "weight", None), "quant_state", None)
+    if not getattr(state, "packing_format_for_cpu", False):
+        return backend.get_base_weight(base).detach().clone()
+    from bitsandbytes.functional import dequantize_4bit
+
+    absmax = state.absmax.T.reshape(-1).float()
+    data, unpacked = _unpacked_for_cpu(base)
+    unpacked.absmax = absmax
+    return dequantize_4bit(data, unpacked)
+
+
+def packed_fingerprint(base: nn.Module) -> tuple[int, ...]:
+    """Return the digests of the packed weight of `base`, the same before and after bitsandbytes repacks it."""
+    weight = packed_weight(base)
+    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+        return as_integers([digest(_unpacked_for_cpu(base)[0].detach())])
+    return as_integers([digest(tensor.detach()) for tensor in _plain_tensors(weight)])
+
+
+def packed_weight(base: Any) -> Any:
+    """Return the tensor that holds the packed weight."""
+    return base.W_q if hasattr(base, "W_q") else base.weight
+
+
+def _plain_tensors(tensor: Any) -> list[Tensor]:
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor.data]
+    return [plain for name in tensor.__tensor_flatten__()[0] for plain in _plain_tensors(getattr(tensor, name))]
+
+
+def _unpacked_for_cpu(base: Any) -> tuple[Tensor, Any]:
+    # On a CPU with AVX512-BF16, bitsandbytes repacks a 4-bit weight at its first use for inference, and
+    # `dequantize_4bit` reads the new format as the old one. Its own inverse works in place: on copies, then.
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    state = copy(base.weight.quant_state)
+    state.original_nested = False
+    return _convert_weight_packed_for_cpu_inverse(base.weight.data.clone(), state)

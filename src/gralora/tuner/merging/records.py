@@ -1,0 +1,260 @@
+"""How a merge is undone so that every bit comes back, and what sees to it that nothing else does.
+
+`W' = round(W + Δ)` loses bits of W. Most of them are found again in `round(W' - Δ)`; a record keeps the
+elements where that differs from W, as gaps and values, beside a copy of the factors that Δ comes from.
+It never reads the live adapter, which may have changed by the time of the unmerge.
+
+Whatever the kind of record, an undo works out everything first, refuses if the weight is not the one that the
+merge left, and then writes.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from jaxtyping import UInt8
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from gralora.tuner import numerics
+from gralora.tuner.merging.dense_update import Part, Scratch
+from gralora.tuner.merging.rows import as_integers, bits, chunks, digest, local, overwrite, window_of
+
+# A correction is forced every so many elements, so that each gap between two fits a byte.
+_GAP = 255
+CHANGED = "the base weight was changed while it was merged"
+# Share of the weight's bytes above which a record keeps its factors in the dtype of the weight.
+_LARGE_FACTORS = 0.1
+
+
+class Place(NamedTuple):
+    """A base weight at one point of its history: the module and the parameter that hold it, and its values."""
+
+    base: nn.Module
+    parameter: nn.Parameter
+    values: Tensor  # the parameter itself where nothing has to be written to it
+
+    @classmethod
+    def now(cls, layer: BaseTunerLayer) -> "Place":
+        """Return where the weight of `layer` is."""
+        base = layer.get_base_layer()
+        weight = getattr(base, "weight", None)  # some packed formats have none
+        return cls(base, weight, weight)
+
+    def put_back(self, layer: BaseTunerLayer) -> None:
+        """Make this the weight of `layer`. Doing it again changes nothing."""
+        if self.values is not self.parameter:
+            overwrite(self.parameter, self.values)
+        # Straight into the dictionaries: one step each, which no interrupt can divide.
+        self.base._parameters["weight"] = self.parameter
+        layer._modules["base_layer"] = self.base
+
+
+@dataclass
+class MergeRecord:
+    """How to undo one merge.
+
+    Attributes:
+        adapter_names: What was merged.
+        before: Fingerprint of the weight before the merge.
+        after: Fingerprint of the weight that the merge left.
+    """
+
+    adapter_names: list[str]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held for the way back."""
+        return 0
+
+    def recover(self, layer: BaseTunerLayer, place: Place) -> Place:
+        """Return the weight from before this merge; nothing changes.
+
+        Args:
+            layer: The tuner layer, for how its weight is stored.
+            place: The weight that this merge left.
+
+        Raises:
+            RuntimeError: `place` holds another weight, or nothing was kept.
+        """
+        found = layer.fingerprint(place)
+        if found == self.after:
+            return self._recover(layer, place)
+        if found == self.before:  # an undo or a merge that was interrupted came this far
+            return place
+        raise self.changed()
+
+    def _recover(self, layer: BaseTunerLayer, place: Place) -> Place:
+        raise NotImplementedError
+
+    def obstacle(self, layer: BaseTunerLayer, place: Place) -> str | None:
+        """Return why an undo would fail, for what can be found at the price of reading the weight, or None."""
+        found = layer.fingerprint(place)
+        return None if found in (self.before, self.after) else str(self.changed())
+
+    def changed(self) -> RuntimeError:
+        """Return the error that says that the weight was changed from outside."""
+        return RuntimeError(f"the merge of {self._named()} can't be undone: {CHANGED}. Load the base model again.")
+
+    def portable(self, layer: BaseTunerLayer, earlier: Place) -> "MergeRecord":
+        """Return a record that another process can undo; `earlier` is what `recover` gives."""
+        return self
+
+    def converted(self, layer: BaseTunerLayer, earlier: Place, now: Place) -> "MergeRecord":
+        """Return the record of the same merge after `.to` and its kin.
+
+        Args:
+            layer: The tuner layer.
+            earlier: The weight from before the merge, converted.
+            now: The weight that the merge left, converted.
+        """
+        raise NotImplementedError
+
+    def _named(self) -> str:
+        return ", ".join(map(repr, self.adapter_names))
+
+
+@dataclass
+class ForgottenRecord(MergeRecord):
+    """A merge that has no way back."""
+
+    reason: str = "it was made with `keep_base=False`"
+
+    def recover(self, layer: BaseTunerLayer, place: Place) -> Place:
+        """Refuse.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        raise RuntimeError(self.obstacle(layer, place))
+
+    def obstacle(self, layer: BaseTunerLayer, place: Place) -> str:
+        """Return why there is none."""
+        return f"the merge of {self._named()} can't be undone: {self.reason}. Load the base model again."
+
+
+@dataclass
+class SharedRecord(MergeRecord):
+    """The weight that other modules hold too, which the merge left alone."""
+
+    original: Place
+
+    def _recover(self, layer: BaseTunerLayer, place: Place) -> Place:
+        return self.original
+
+    def converted(self, layer: BaseTunerLayer, earlier: Place, now: Place) -> MergeRecord:
+        """Return the record with fingerprints of the converted weights."""
+        return SharedRecord(self.adapter_names, layer.fingerprint(earlier), layer.fingerprint(now), self.original)
+
+
+@dataclass
+class CopyRecord(MergeRecord):
+    """A copy of the whole original."""
+
+    original: Tensor
+
+    @classmethod
+    def between(cls, names: list[str], layer: BaseTunerLayer, earlier: Place, now: Place) -> "CopyRecord":
+        """Return the record of a merge that led from `earlier` to `now`."""
+        return cls(names, layer.fingerprint(earlier), layer.fingerprint(now), local(earlier.values).clone())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copy."""
+        return self.original.nbytes
+
+    def _recover(self, layer: BaseTunerLayer, place: Place) -> Place:
+        return place._replace(values=self.original)
+
+    def converted(self, layer: BaseTunerLayer, earlier: Place, now: Place) -> MergeRecord:
+        """Return the record with the converted original."""
+        return CopyRecord.between(self.adapter_names, layer, earlier, now)
+
+
+@dataclass
+class DenseRecord(MergeRecord):
+    """Factors and corrections, by chunk of rows; see the module's text."""
+
+    parts: list[Part]
+    gaps: list[UInt8[Tensor, " corrections"]] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    environment: tuple[int | str | bool, ...] = field(default_factory=numerics.environment)
+
+    @classmethod
+    def start(cls, names: list[str], weight: Tensor, parts: list[Part]) -> "DenseRecord":
+        """Return a record without corrections and fingerprints, which come chunk by chunk, and at the end."""
+        here = local(weight)
+        factors = sum(tensor.nbytes for part in parts for tensor in part.factors if tensor is not None)
+        # Rounded factors cost more corrections and products, and are worth it where the factors are large.
+        dtype = here.dtype if factors > _LARGE_FACTORS * here.nbytes else None
+        return cls(names, (), (), [part.kept(dtype) for part in parts])
+
+    def note(self, original: Tensor, guess: Tensor) -> None:
+        """Keep the elements of a chunk where `guess` is not `original`; both are contiguous."""
+        differs = (bits(guess) != bits(original)).view(-1)
+        differs[_GAP - 1 :: _GAP] = True
+        where = differs.nonzero().view(-1)
+        self.gaps.append(torch.diff(where, prepend=where.new_tensor([-1])).to(torch.uint8))
+        self.values.append(original.view(-1)[where])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of factors and corrections."""
+        factors = (tensor for part in self.parts for tensor in part.factors if tensor is not None)
+        return sum(tensor.nbytes for tensor in (*factors, *self.gaps, *self.values))
+
+    def obstacle(self, layer: BaseTunerLayer, place: Place) -> str | None:
+        """Return why an undo would fail, or None; the products are only made anew where they may differ by now."""
+        if obstacle := super().obstacle(layer, place):
+            return obstacle
+        if self.environment == numerics.environment():
+            return None
+        try:
+            self.recover(layer, place)
+        except RuntimeError as error:
+            return str(error)
+        return None
+
+    def _recover(self, layer: BaseTunerLayer, place: Place) -> Place:
+        window = window_of(place.values, layer.fan_in_fan_out)
+        original = torch.empty_like(place.values.detach())
+        original_rows = window_of(original, layer.fan_in_fan_out).rows
+        scratch = Scratch(window, self.parts)
+        for number, (start, stop) in enumerate(chunks(window.rows)):
+            merged = window.rows[start:stop]
+            # The number of threads may change the order of a sum, the machine's own choice not: pin it.
+            for threads in (self.environment[0], 1):
+                with numerics.pinned_numerics(threads):
+                    chunk = scratch.unrounded(merged, scratch.delta(self.parts, start, stop))
+                    where = self.gaps[number].cumsum(0, dtype=torch.int64).sub_(1)
+                    chunk.view(-1)[where] = self.values[number]
+                    if int(digest(chunk)) == self.before[number]:
+                        break
+            else:
+                raise self.changed()
+            original_rows[start:stop] = chunk
+        return place._replace(values=original)
+
+    def portable(self, layer: BaseTunerLayer, earlier: Place) -> MergeRecord:
+        """Return a copy record, since another machine's products may round differently."""
+        return CopyRecord(self.adapter_names, self.before, self.after, local(earlier.values).clone())
+
+    def converted(self, layer: BaseTunerLayer, earlier: Place, now: Place) -> MergeRecord:
+        """Return a record that finds the converted original in the converted weight."""
+        window = window_of(now.values, layer.fan_in_fan_out)
+        original_rows = window_of(earlier.values, layer.fan_in_fan_out).rows
+        parts = [part.kept(device=window.rows.device) for part in self.parts]
+        record = DenseRecord(self.adapter_names, (), (), parts)
+        scratch, before, after = Scratch(window, parts), [], []
+        with numerics.pinned_numerics():
+            for start, stop in chunks(window.rows):
+                merged = window.rows[start:stop]
+                original = original_rows[start:stop].contiguous()
+                record.note(original, scratch.unrounded(merged, scratch.delta(parts, start, stop)))
+                before.append(digest(original))
+                after.append(digest(merged))
+            record.before, record.after = as_integers(before), as_integers(after)
+        whole = record.nbytes < window.rows.nbytes
+        return record if whole else CopyRecord.between(self.adapter_names, layer, earlier, now)

@@ -1,0 +1,102 @@
+"""The one place that touches PEFT's registries and private names.
+
+PEFT finds a tuner by type in three dictionaries that every module of it imports by reference, and users
+find the classes as attributes of `peft`. Both are exchanged for ours, and put back by `unregister`.
+"""
+
+import functools
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import peft.tuners.gralora
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import PeftType
+from peft.utils import transformers_weight_conversion as conversion
+from transformers.core_model_loading import WeightRenaming
+
+from gralora.tuner.config import GraloraConfig
+from gralora.tuner.layer import GraloraLayer
+from gralora.tuner.model import GraloraModel
+
+_REGISTRIES = (
+    (PEFT_TYPE_TO_CONFIG_MAPPING, GraloraConfig),
+    (PEFT_TYPE_TO_TUNER_MAPPING, GraloraModel),
+    (PEFT_TYPE_TO_PREFIX_MAPPING, GraloraModel.prefix),
+)
+_NAMESPACES = (peft, peft.tuners, peft.tuners.gralora)
+_CLASSES = {"GraloraConfig": GraloraConfig, "GraloraModel": GraloraModel, "GraloraLayer": GraloraLayer}
+
+
+def register() -> None:
+    """Make PEFT use our classes for `PeftType.GRALORA` wherever it looks them up. Idempotent."""
+    if _undo_list() and all(registry[PeftType.GRALORA] == ours for registry, ours in _REGISTRIES):
+        return
+    _undo_all()  # classes of ours from before a reload
+    undo: list[Callable[[], None]] = []
+    for registry, ours in _REGISTRIES:
+        undo.append(_item_restorer(registry, PeftType.GRALORA))
+        registry[PeftType.GRALORA] = ours
+    for namespace in _NAMESPACES:
+        for name, ours in _CLASSES.items():
+            if hasattr(namespace, name):
+                _set_attribute(namespace, name, ours, undo)
+    _set_attribute(GraloraConfig, "is_registered", True, undo)
+    mapping = _with_our_names(conversion.build_peft_weight_mapping)
+    _set_attribute(conversion, "build_peft_weight_mapping", mapping, undo)
+    tuner: Any = GraloraModel
+    tuner._undo_registration = undo  # at what is registered, which outlives a reload of this module
+
+
+def unregister() -> None:
+    """Put PEFT's own classes back.
+
+    Raises:
+        RuntimeError: A model with GraLoRA layers of ours is alive; PEFT's own could neither save nor
+            change it.
+    """
+    if not _undo_list():
+        return
+    gc.collect()
+    if alive := len(GraloraLayer.alive):
+        raise RuntimeError(
+            f"`unregister` needs that no model uses gralora any more; {alive} GraLoRA layers are alive. "
+            "Delete the models that hold them first."
+        )
+    _undo_all()
+
+
+def _undo_list() -> list[Callable[[], None]]:
+    """Return what undoes the registration, empty where there is none."""
+    return getattr(PEFT_TYPE_TO_TUNER_MAPPING[PeftType.GRALORA], "_undo_registration", [])
+
+
+def _undo_all() -> None:
+    for undo in reversed(_undo_list()):
+        undo()
+
+
+def _set_attribute(owner: Any, name: str, value: Any, undo: list[Callable[[], None]]) -> None:
+    before = getattr(owner, name)
+    undo.append(lambda: setattr(owner, name, before))
+    setattr(owner, name, value)
+
+
+def _item_restorer(registry: dict[Any, Any], key: PeftType) -> Callable[[], None]:
+    before = registry[key]
+    return lambda: registry.__setitem__(key, before)
+
+
+@functools.cache
+def _with_our_names(build_peft_weight_mapping: Callable[..., Any]) -> Callable[..., Any]:
+    """Add our parameter names to the renamings of transformers' `load_adapter`, which asks no tuner."""
+
+    @functools.wraps(build_peft_weight_mapping, assigned=(), updated=())
+    def build(weight_conversions: Any, adapter_name: str, peft_config: Any = None) -> Any:
+        mapping = build_peft_weight_mapping(weight_conversions, adapter_name, peft_config=peft_config)
+        if mapping and getattr(peft_config, "peft_type", None) == PeftType.GRALORA:
+            mapping.append(WeightRenaming(rf"(gralora_[AB]\.{adapter_name})$", r"\1.weight"))
+        return mapping
+
+    return build

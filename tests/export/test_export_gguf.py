@@ -1,0 +1,224 @@
+"""An exported adapter in llama.cpp itself: the tuned answers, and the log-probabilities of transformers."""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import randomise, tiny_llama
+from peft import PeftModel
+
+from gralora import GraloraConfig, get_peft_model, pretrained
+from gralora.export import LoraOptions, to_gguf
+from gralora.export.gguf import find_converter
+from gralora.recipe.data import encode, encode_prompt, parse_rows
+from gralora.recipe.tasks import support_rows
+
+STEPS, BATCH = 24, 8
+
+SPEAK = """
+import json, sys
+import xllamacpp as llama
+
+model, adapter, prompts, tokens = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
+params = llama.CommonParams()
+params.model.path, params.n_ctx, params.n_parallel, params.warmup, params.verbosity = model, 256, 1, False, 0
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+params.cache_type_k = params.cache_type_v = llama.ggml_type.GGML_TYPE_F32
+params.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+params.lora_adapters = [llama.CommonAdapterLoraInfo(adapter, 1.0)]
+server = llama.Server(params)
+answers = []
+for prompt in prompts:
+    for scale in (1.0, 0.0):
+        answer = server.handle_completions({
+            "prompt": prompt, "max_tokens": tokens, "temperature": 0.0, "n_probs": 20, "cache_prompt": False,
+            "lora": [{"id": 0, "scale": scale}],
+        })["choices"][0]
+        top = answer["logprobs"]["content"][0]["top_logprobs"]
+        answers.append({"text": answer["text"], "logprobs": {entry["id"]: entry["logprob"] for entry in top}})
+print(json.dumps(answers))
+"""
+
+
+def speak(model, adapter, prompts, tokens):
+    """What llama.cpp says with the adapter and without, in a process of its own: it brings its own threads."""
+    command = [sys.executable, "-c", SPEAK, str(model), str(adapter), json.dumps(prompts), str(tokens)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    answers = json.loads(result.stdout.splitlines()[-1])
+    return answers[::2], answers[1::2]
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """SmolLM2 tuned on the packaged task: the adapter's folder, held-out rows, and what transformers expects next."""
+    torch.manual_seed(0)
+    model, tokenizer = pretrained.load(dtype="bfloat16")
+    model = get_peft_model(model, GraloraConfig(r=32, hybrid_r=4, gralora_k=2, alpha=72, target_modules="all-linear"))
+    rows = [(f"row {i}", row) for i, row in enumerate(support_rows("train")[: STEPS * BATCH])]
+    encoded = encode(parse_rows(rows, "task"), tokenizer, 256, "task")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, STEPS, pct_start=0.1)
+    for step in range(STEPS):
+        model(**_padded(encoded, range(step * BATCH, (step + 1) * BATCH))).loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    adapter = tmp_path_factory.mktemp("tuned") / "adapter"
+    model.peft_config["default"].base_model_name_or_path = pretrained.DEFAULT_MODEL
+    model.save_pretrained(adapter, save_embedding_layers=False)
+    del model, optimizer
+    gc.collect()
+    exact = PeftModel.from_pretrained(pretrained.load(dtype="float32")[0], adapter)
+    held_out = support_rows("eval")[:8]
+    prompts = [encode_prompt([{"role": "user", "content": row["prompt"]}], False, tokenizer) for row in held_out]
+    with torch.no_grad():
+        asked = torch.tensor([prompts[0]])
+        expected = exact(asked).logits[0, -1].log_softmax(-1)
+        with exact.disable_adapter():
+            base = exact(asked).logits[0, -1].log_softmax(-1)
+    return {"adapter": adapter, "prompts": prompts, "rows": held_out, "expected": expected, "base": base}
+
+
+def _padded(encoded, chosen):
+    rows = [(encoded.input_ids[i], encoded.labels[i]) for i in chosen]
+    longest = max(len(tokens) for tokens, _ in rows)
+    return {
+        "input_ids": torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens, _ in rows]),
+        "attention_mask": torch.tensor([[1] * len(tokens) + [0] * (longest - len(tokens)) for tokens, _ in rows]),
+        "labels": torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in rows]),
+    }
+
+
+@pytest.fixture(scope="module")
+def gguf_adapter(tuned):
+    output = tuned["adapter"].with_name("adapter.gguf")
+    export = to_gguf(tuned["adapter"], output, LoraOptions())
+    assert export.rank == 68
+    return output
+
+
+def test_llama_cpp_gives_the_tuned_answers(tuned, gguf_adapter):
+    with_adapter, without = speak(pretrained._default_gguf(), gguf_adapter, tuned["prompts"], 48)
+    wanted = [row["completion"] for row in tuned["rows"]]
+    right = sum(answer["text"].strip() == completion for answer, completion in zip(with_adapter, wanted, strict=True))
+    assert right >= 6
+    assert not any(answer["text"].strip() == completion for answer, completion in zip(without, wanted, strict=True))
+
+
+def test_llama_cpp_gives_the_log_probabilities_of_transformers(tuned, gguf_adapter, tmp_path):
+    # float32, since llama.cpp rounds activations for quantised weights.
+    base = tmp_path / "base.gguf"
+    script = find_converter().with_name("convert_hf_to_gguf.py")
+    folder = pretrained.resolve(pretrained.DEFAULT_MODEL, torch.float32).location
+    subprocess.run(
+        [sys.executable, str(script), folder, "--outfile", str(base), "--outtype", "f32"],
+        check=True,
+        capture_output=True,
+    )
+    (with_adapter,), (without,) = speak(base, gguf_adapter, tuned["prompts"][:1], 1)
+    base.unlink()
+    for spoken, expected in ((with_adapter, tuned["expected"]), (without, tuned["base"])):
+        # The tail of a confident answer is noise: compare where there is probability.
+        likely = {int(token): value for token, value in spoken["logprobs"].items() if value > -12}
+        assert likely
+        for token, value in likely.items():
+            assert value == pytest.approx(float(expected[token]), abs=5e-4)
+    assert (tuned["expected"] - tuned["base"]).abs().max() > 1
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    base = tiny_llama()
+    base.save_pretrained(tmp_path / "base")
+    model = randomise(get_peft_model(base, GraloraConfig(r=8, gralora_k=2, target_modules=["q_proj", "up_proj"])))
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_the_file_holds_the_factors(tiny, tmp_path):
+    import gguf
+
+    from gralora.export import to_lora
+
+    export = to_gguf(tiny, tmp_path / "out.gguf", LoraOptions(), llama_cpp=find_converter().parent)
+    assert export.path == tmp_path / "out.gguf"
+    assert export.worst.measured.largest == 0
+    lora = to_lora(tiny)
+    reader = gguf.GGUFReader(tmp_path / "out.gguf")
+    tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    assert len(tensors) == 2 * 4
+    up = "base_model.model.model.layers.1.mlp.up_proj"
+    assert torch.equal(tensors["blk.1.ffn_up.weight.lora_a"], lora.tensors[f"{up}.lora_A.weight"])
+    assert torch.equal(tensors["blk.1.ffn_up.weight.lora_b"], lora.tensors[f"{up}.lora_B.weight"])
+    assert float(reader.fields["adapter.lora.alpha"].parts[-1][0]) == lora.config["lora_alpha"]
+
+
+def test_the_dtype_reaches_the_converter(tiny, tmp_path, monkeypatch):
+    def stop(converter, arguments):
+        raise RuntimeError(" ".join(arguments))
+
+    monkeypatch.setattr("gralora.export.gguf._run", stop)
+    for dtype, name in ((None, "f32"), (torch.bfloat16, "bf16"), (torch.float16, "f16")):
+        with pytest.raises(RuntimeError, match=f"--base .*base --outtype {name} --outfile .*out.gguf .*lora$"):
+            to_gguf(tiny, tmp_path / "out.gguf", LoraOptions(dtype=dtype))
+
+
+def test_refusals(tiny, tmp_path):
+    cases = [
+        ({"output": tmp_path / "out"}, ValueError, r"`output` must end in \.gguf"),
+        (
+            {"llama_cpp": tmp_path},
+            FileNotFoundError,
+            "must be a checkout of llama.cpp; .* has no convert_lora_to_gguf.py",
+        ),
+        ({"base": str(tmp_path / "nowhere")}, FileNotFoundError, "there is no"),
+    ]
+    for arguments, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            to_gguf(**({"source": tiny, "output": tmp_path / "out.gguf", "options": LoraOptions()} | arguments))
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_an_adapter_that_names_no_base_needs_one(tiny, tmp_path):
+    config = tiny / "adapter_config.json"
+    config.write_text(config.read_text().replace(f'"{tmp_path / "base"}"', "null"))
+    with pytest.raises(ValueError, match=r"`base` must be given: the adapter in .* names no base model. Add --base\."):
+        to_gguf(tiny, tmp_path / "out.gguf", LoraOptions())
+
+
+def test_the_converters_last_words_are_told(tiny, tmp_path):
+    (tmp_path / "base" / "config.json").write_text('{"architectures": ["NoSuchModel"]}')
+    with pytest.raises(RuntimeError, match=r"(?s)converter failed, nothing was written.*NoSuchModel"):
+        to_gguf(tiny, tmp_path / "out.gguf", LoraOptions())
+    assert [entry for entry in os.listdir(tmp_path) if "out" in entry] == []
+
+
+def test_a_converter_that_drops_layers_is_caught(tiny, tmp_path):
+    checkout = tmp_path / "llama.cpp"
+    checkout.mkdir()
+    real = find_converter()
+    # The real converter, told of a folder in which a layer is missing.
+    (checkout / real.name).write_text(
+        "import subprocess, sys\n"
+        "from pathlib import Path\n"
+        "from safetensors.torch import load_file, save_file\n"
+        "file = Path(sys.argv[-1]) / 'adapter_model.safetensors'\n"
+        "tensors = load_file(file)\n"
+        "save_file({k: v for k, v in tensors.items() if '.0.mlp' not in k}, file)\n"
+        f"sys.exit(subprocess.run([sys.executable, {str(real)!r}, *sys.argv[1:]]).returncode)\n"
+    )
+    with pytest.raises(RuntimeError, match="wrote 3 of 4 adapted layers"):
+        to_gguf(tiny, tmp_path / "out.gguf", LoraOptions(), llama_cpp=checkout)
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_without_a_converter_the_message_has_the_command(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r'pip install "gralora\[export\]", or name a checkout .* --llama-cpp'):
+        to_gguf(tiny, tmp_path / "out.gguf", LoraOptions())
