@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from gralora.tuner import blocks
 from gralora.tuner.blocks import Factors
+from gralora.tuner.initialise import STARTS
 
 
 def random_factors(k, s, n, m, q, dtype=torch.float64):
@@ -104,7 +105,7 @@ def test_wrong_width_is_named():
 def test_starting_values(identity, bound_b):
     k, n, r, m, q = 2, 50, 8, 40, 4
     factors = Factors(torch.empty(k, n, r), torch.empty(k, r, m), torch.empty(q, k * n), torch.empty(k * m, q))
-    blocks.initialise_(factors, identity=identity)
+    STARTS[identity](factors)
     bounds = [50**-0.5, bound_b, 100**-0.5, 0.0 if identity else 4**-0.5]
     for tensor, bound in zip(factors, bounds, strict=True):
         assert 0.9 * bound <= tensor.abs().max() <= bound

@@ -14,7 +14,7 @@ from gralora import GraloraConfig, get_peft_model
 from gralora.tuner import fused
 from gralora.tuner.blocks import Factors, add
 from gralora.tuner.config import LayerSettings
-from gralora.tuner.layer import Linear
+from gralora.tuner.linear import Linear
 
 
 def case(k=2, s=2, n=3, m=4, q=0, t=5, dtype=torch.float64, master=None):
@@ -248,7 +248,7 @@ def test_selective_checkpointing(saved, mutation, t):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 def test_autocast_leaves_wide_numbers_alone(dtype, t):
     base = nn.Linear(6, 4, dtype=dtype).requires_grad_(False)
-    layer = Linear(base, 6, 4)
+    layer = Linear(base)
     layer.add_adapter("default", LayerSettings(4, 2, 3.0, 2, 0.0, False, False))
     layer.set_adapter("default")
     x = torch.randn(t, 6, dtype=dtype)

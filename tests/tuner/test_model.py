@@ -165,15 +165,15 @@ def test_a_width_that_k_does_not_divide_is_refused_with_what_fits():
         tiny_llama(intermediate_size=50),
         config(r=8, gralora_k=4, target_modules=["q_proj", "down_proj"]),
         ValueError,
-        r"'model.layers.0.mlp.down_proj' can't be adapted: `gralora_k` must divide `in_features`; got gralora_k=4 with "
-        r"in_features=50.*: 1, 2\..*`exclude_modules`",
+        r"'model.layers.0.mlp.down_proj' cannot be adapted: `gralora_k` must divide `in_features`; got gralora_k=4 "
+        r"with in_features=50.*: 1, 2\..*`exclude_modules`",
     )
 
 
 def test_a_failure_at_the_tenth_layer_leaves_the_tree_as_it_was():
     model = nn.ModuleList([nn.Linear(8, 8) for _ in range(12)])
     model[9] = nn.Linear(8, 9)
-    assert_refused(model, config(target_modules=[str(i) for i in range(12)]), ValueError, r"'9' can't be adapted")
+    assert_refused(model, config(target_modules=[str(i) for i in range(12)]), ValueError, r"'9' cannot be adapted")
 
 
 def test_a_failure_after_the_checks_is_undone_too(monkeypatch):
@@ -196,7 +196,7 @@ def test_a_refused_second_adapter_leaves_the_first():
     before, scaling = tree(model), layers(model)[0].scaling
     tokens = torch.arange(8)[None]
     expected = model(tokens).logits
-    with pytest.raises(ValueError, match="can't be adapted"):
+    with pytest.raises(ValueError, match="cannot be adapted"):
         model.add_adapter("second", config(r=20, gralora_k=5))
     assert tree(model) == before
     assert model.peft_config.keys() == scaling.keys() == {"default"}
@@ -403,7 +403,7 @@ def test_the_names_of_a_shared_module_must_agree():
         Shared(),
         config(target_modules=["a"], alpha_pattern={"b": 3}),
         ValueError,
-        r"'a' can't be adapted: a module has one adapter.*its names 'a', 'b'",
+        r"'a' cannot be adapted: a module has one adapter.*its names 'a', 'b'",
     )
     model = get_peft_model(Shared(), config(target_modules=["a"], alpha_pattern={"a|b": 3}))
     assert model.base_model.model.b.scaling == {"default": 3 / 8}
@@ -539,7 +539,7 @@ def test_a_head_that_is_trained_whole_is_no_target():
         bert(BertForTokenClassification),
         mine,
         ValueError,
-        "'classifier' can't be adapted: PEFT trains this module whole",
+        "'classifier' cannot be adapted: PEFT trains this module whole",
     )
     mine = config(target_modules=["classifier"], task_type="SEQ_CLS")
     model = inject_adapter_in_model(mine, bert(BertForSequenceClassification))  # PEFT trains no head here

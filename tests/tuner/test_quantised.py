@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from gralora import GraloraConfig, GraloraLayer, get_peft_model
-from gralora.tuner.layer import resolve_base
+from gralora.tuner.merging.quantised import backend_of
 
 TORCHAO = {}
 if os.environ.get("GRALORA_TEST_TORCHAO"):
@@ -204,7 +204,7 @@ class ForwardOnly(nn.Linear):
 def test_a_base_that_cannot_be_written_trains_serves_and_refuses_to_merge(monkeypatch):
     from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 
-    import gralora.tuner.layer as room
+    import gralora.tuner.merging.quantised as room
 
     monkeypatch.setattr(
         room,
@@ -217,7 +217,7 @@ def test_a_base_that_cannot_be_written_trains_serves_and_refuses_to_merge(monkey
         model = get_peft_model(base, mlp_config())
     model(torch.randn(3, 12)).sum().backward()
     before = weights_of(model)
-    with pytest.raises(RuntimeError, match=r"Nothing was merged: 'down' can't be, because gptq.*16 or 32 bits"):
+    with pytest.raises(RuntimeError, match=r"Nothing was merged: 'down' cannot be, because gptq.*16 or 32 bits"):
         model.merge_adapter()
     assert_same_bits(before, weights_of(model))
 
@@ -227,11 +227,11 @@ if TORCHAO:
     def test_torchao_without_its_recipe_is_forward_only():
         base = nn.Sequential(nn.Linear(64, 64))
         quantize_(base, TORCHAO["int8"])
-        assert resolve_base(base[0]).supports_merge is False
+        assert backend_of(base[0]).supports_merge is False
         with pytest.warns(UserWarning, match="1 adapted layers cannot be merged: torchao weights"):
             model = get_peft_model(base, GraloraConfig(r=8, target_modules=["0"], init_weights=False))
         model(torch.randn(3, 64)).sum().backward()
-        with pytest.raises(RuntimeError, match=r"Nothing was merged: '0' can't be, because torchao"):
+        with pytest.raises(RuntimeError, match=r"Nothing was merged: '0' cannot be, because torchao"):
             model.merge_adapter()
 
     def test_torchao_applied_after_the_adapter_serves_and_refuses_to_merge():
@@ -246,7 +246,7 @@ if TORCHAO:
             torch.testing.assert_close(model(x), expected, atol=0.05, rtol=0.05)
         before = packed_state(model.base_model.model[0].base_layer)
         for refused in (model.merge_adapter, model.merge_and_unload):
-            with pytest.raises(RuntimeError, match=r"Nothing was merged: '0' can't be, because its base weight is a"):
+            with pytest.raises(RuntimeError, match=r"Nothing was merged: '0' cannot be, because its base weight is a"):
                 refused()
         assert_same_bits(before, packed_state(model.base_model.model[0].base_layer))
 

@@ -12,7 +12,7 @@ from gralora import get_peft_model
 from gralora.tuner import fused
 from gralora.tuner.blocks import Factors
 from gralora.tuner.config import LayerSettings
-from gralora.tuner.layer import Linear
+from gralora.tuner.linear import Linear
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True"),
@@ -163,7 +163,7 @@ def test_a_backward_pass_can_be_repeated():
 @pytest.mark.parametrize("tokens", [3, 40])
 def test_complex_numbers(tokens):
     """Gradients and second derivatives of a complex layer are those of its dense weight."""
-    layer = Linear(nn.Linear(12, 24, dtype=torch.complex128).requires_grad_(False), 12, 24)
+    layer = Linear(nn.Linear(12, 24, dtype=torch.complex128).requires_grad_(False))
     layer.add_adapter("default", LayerSettings(6, 2, 12.0, 3, 0.0, False, False))
     layer.set_adapter("default")
     x = torch.randn(tokens, 12, dtype=torch.complex128, requires_grad=True)

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 
-from gralora.tuner.targets import exact_targets
+from gralora.tuner.exact_targets import exact_targets
 
 
 def matched(targets, names):

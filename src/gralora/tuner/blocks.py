@@ -14,7 +14,6 @@ read as `[n, (i s)]` and `B[i]` of shape `[r, m]` read as `[(j s), m]`, output b
 of two. Nothing here knows about modules or PEFT.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -82,8 +81,8 @@ def factor_shapes(
         >>> factor_shapes(k=2, r=4, hybrid_r=0, in_features=6, out_features=10)
         ((2, 3, 4), (2, 4, 5), None, None)
     """
-    general = ((hybrid_r, in_features), (out_features, hybrid_r)) if hybrid_r else (None, None)
-    return (k, in_features // k, r), (k, r, out_features // k), *general
+    A, B = (k, in_features // k, r), (k, r, out_features // k)
+    return (A, B, (hybrid_r, in_features), (out_features, hybrid_r)) if hybrid_r else (A, B, None, None)
 
 
 def wider(first: torch.dtype, second: torch.dtype) -> torch.dtype:
@@ -91,29 +90,6 @@ def wider(first: torch.dtype, second: torch.dtype) -> torch.dtype:
     if first.itemsize == 1 or second.itemsize == 1:
         return second if first.itemsize == 1 else first
     return torch.promote_types(first, second)
-
-
-def initialise_(factors: Factors, identity: bool) -> None:
-    """Fill `factors` in place with the starting values.
-
-    A is Kaiming-uniform with a = sqrt 5 by block, that is, uniform within 1/sqrt(n), since a block's
-    fan-in is n; `A_general` is within 1/sqrt(in).
-
-    Args:
-        factors: Tensors to overwrite; on the meta device nothing happens.
-        identity: True sets B to zero, so that the update is exactly zero. False draws B within 1/sqrt(r)
-            and `B_general` within 1/sqrt(hybrid_r), for tests that need a non-zero update.
-    """
-    pairs = [(factors.A, factors.A.shape[1], factors.B, factors.B.shape[1])]
-    if factors.A_general is not None and factors.B_general is not None:
-        pairs.append((factors.A_general, factors.A_general.shape[1], factors.B_general, factors.B_general.shape[1]))
-    with torch.no_grad():
-        for a, fan_in_a, b, fan_in_b in pairs:
-            a.uniform_(-1 / math.sqrt(fan_in_a), 1 / math.sqrt(fan_in_a))
-            if identity:
-                b.zero_()
-            else:
-                b.uniform_(-1 / math.sqrt(fan_in_b), 1 / math.sqrt(fan_in_b))
 
 
 def exchange(h: Inexact[Tensor, "k t r"]) -> Inexact[Tensor, "k t r"]:

@@ -1,5 +1,5 @@
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-"""What a user can ask for, and every check that needs no model."""
+"""The configuration of an adapter, and every check that needs no model."""
 
 import copy
 import math
@@ -29,7 +29,7 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """What one adapter is on one layer, after the patterns were applied."""
+    """Settings of one adapter on one layer, patterns applied."""
 
     r: int
     hybrid_r: int
@@ -45,12 +45,25 @@ class LayerSettings:
         rank = self.r + self.hybrid_r
         return self.alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
+    def width_refusal(self, in_features: int, out_features: int) -> str | None:
+        """Return why these blocks do not fit a weight of these widths, or None where they do."""
+        k, r = self.gralora_k, self.r
+        for name, value in (("r", r), ("in_features", in_features), ("out_features", out_features)):
+            if value % k:
+                fitting = [d for d in range(1, r + 1) if not (r % d or in_features % d or out_features % d)]
+                return (
+                    f"`gralora_k` must divide `{name}`; got gralora_k={k} with {name}={value}. "
+                    f"Values that fit r={r}, in_features={in_features}, out_features={out_features}: "
+                    f"{', '.join(map(str, fitting))}."
+                )
+        return None
+
 
 @dataclass
 class GraloraConfig(PeftConfig):
     """Configuration of a GraLoRA adapter (Jung et al., NeurIPS 2025, arXiv 2505.20355).
 
-    Every value is checked here; what depends on the model is checked when the adapter is put on, before
+    Every value is checked here; what depends on the model is checked when the adapter is injected, before
     anything is changed.
 
     Args:
@@ -59,7 +72,7 @@ class GraloraConfig(PeftConfig):
         hybrid_r: Rank of the plain LoRA beside the blocks; 0 for none.
         target_modules: Module names (matched at their end), a regular expression over the whole name,
             `"all-linear"`, or None for PEFT's choice for the architecture. The last two are replaced, when the
-            adapter is put on, by names that match the chosen modules and no others.
+            adapter is injected, by names that match the chosen modules and no others.
         alpha: The update is scaled by `alpha / (r + hybrid_r)`.
         gralora_dropout: Probability in [0, 1) of dropping an input of the adapter; both parts see the
             same draw.
@@ -74,8 +87,8 @@ class GraloraConfig(PeftConfig):
         layers_pattern: Name of the list of layers, where it is not one of the common ones.
         exclude_modules: Names, or a regular expression, of modules to leave alone.
         rank_pattern: `r` for modules whose name matches the key (a name or a regular expression).
-        alpha_pattern: `alpha`, likewise.
-        k_pattern: `gralora_k`, likewise.
+        alpha_pattern: The same for `alpha`.
+        k_pattern: The same for `gralora_k`.
         use_rslora: Scale by `alpha / sqrt(r + hybrid_r)` (Kalajdzievski, arXiv 2312.03732).
         trainable_token_indices: Rows of the embedding to train beside the adapter, as in PEFT's LoRA.
 
@@ -131,7 +144,7 @@ class GraloraConfig(PeftConfig):
 
     @property
     def is_prompt_learning(self) -> bool:
-        """False. PEFT asks before it puts an adapter on, and then its own tuner would drop fields of ours.
+        """False. PEFT asks this before it injects an adapter, when its own tuner would drop fields of ours.
 
         Raises:
             ValueError: The tuner that PEFT uses does not know a field that is set.
@@ -148,7 +161,7 @@ class GraloraConfig(PeftConfig):
 
     @classmethod
     def adopt(cls, config: Any) -> "GraloraConfig":
-        """Return `config` itself, checked anew, where it is one of ours, else a copy of ours."""
+        """Return `config` itself, checked again, if it is of this class, else a copy of this class."""
         if isinstance(config, cls):
             config.check()
             return config
@@ -193,7 +206,7 @@ class GraloraConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as `adapter_config.json` holds them.
 
-        What PEFT's own GraLoRA does not know is left out at its default. A uniform `use_rslora` is
+        Fields that PEFT's own GraLoRA does not know are left out at their defaults. A uniform `use_rslora` is
         written as the plain `alpha` of the same scale.
         """
         written = super().to_dict()
@@ -206,7 +219,7 @@ class GraloraConfig(PeftConfig):
         return {name: sorted(value) if isinstance(value, set) else value for name, value in written.items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`; says so where plain PEFT could not read the adapter."""
+        """Write `adapter_config.json`, and warn if plain PEFT could not read the adapter."""
         ours_only = [name for name in EXTRA_FIELDS if name in self.to_dict()]
         if ours_only:
             warnings.warn(

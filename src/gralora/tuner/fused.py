@@ -1,16 +1,15 @@
 """The fast path: a frozen linear layer and its adapter as one autograd function.
 
-What the plain path loses is lost to copies, to extra passes over `[t, out]` and to Python. Here the
-output of the frozen layer is made, so that it may be added to in place; every product reads or writes
-slices where they lie; the scale rides on the small B; and the only copy is the exchange of the middle
-tensor `[k, t, r]`. `applies` says where this is the same function as the plain path.
+The plain path spends its time on copies, on extra passes over `[t, out]` and in Python. Here the output of
+the frozen layer is this function's own, so the update is added in place; every product reads or writes
+slices without copying them; the scale is folded into the small B; and the only copy is the exchange of the
+middle tensor `[k, t, r]`. `applies` says where this is the same function as the plain path.
 
-The update is computed in the dtype of the input, but for two cases, in which it is computed apart: with few
-tokens in the widest dtype of input and factors, since the factors are the large tensors then; and on float16 in
-float32 at least, since the range of float16 is too small for a small B and for sums over many tokens.
+The update is computed in the dtype of the input, with two exceptions, where it is computed apart: with few tokens
+in the widest dtype of input and factors, since the factors are the large tensors then; and for float16 in at least
+float32, since the range of float16 is too small for a small B and for sums over many tokens.
 """
 
-import contextlib
 from typing import Any
 
 import torch
@@ -24,11 +23,11 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from gralora.tuner.blocks import Factors, exchange, wider
+from gralora.tuner.numerics import compute_dtype, update_dtype, without_autocast
 
 # Up to here the factors are the large tensors and the activations the small ones: a decoding step, say.
 FEW_TOKENS = 32
 _PLAIN = (Tensor, nn.Parameter)
-_NO_CONTEXT = contextlib.nullcontext()
 
 
 def applies(base: nn.Module, x: Tensor, factors: Factors) -> bool:
@@ -56,25 +55,8 @@ def applies(base: nn.Module, x: Tensor, factors: Factors) -> bool:
     )
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype that a linear layer computes in on `x`: its own, or autocast's."""
-    if _is_autocast(x) and x.is_floating_point() and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
-
-
-def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which no product with `x` is cast."""
-    return torch.autocast(x.device.type, enabled=False) if _is_autocast(x) else _NO_CONTEXT
-
-
-def _is_autocast(x: Tensor) -> bool:
-    # The first question is quick; the second is an error on devices without autocast, the meta device for one.
-    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
-
-
 def _is_watched(base: nn.Module) -> bool:
-    """Return whether somebody else is watching: a hook, a patch, a tracer, a dispatch mode, a transform."""
+    """Return whether other code observes the base: a hook, a patch, a tracer, a dispatch mode or a transform."""
     return bool(
         base._forward_hooks
         or base._forward_pre_hooks
@@ -112,7 +94,7 @@ _TORCHS_OWN = _torchs_own()
 
 
 def _is_transformed() -> bool:
-    """Return whether functorch or forward mode is at work."""
+    """Return whether a functorch transform or forward-mode differentiation is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
@@ -141,15 +123,10 @@ def linear(
 
 
 def _dtype_apart(x: Tensor, factors: Factors) -> torch.dtype | None:
-    """Return the dtype of an update that is computed apart from the output of the base, None where it is not."""
+    """Return the dtype of an update that is computed apart from the base's output, or None."""
     if x.dtype == torch.float16:
         return update_dtype(x.dtype, factors)
     return factors.widest(x.dtype) if x.shape[0] <= FEW_TOKENS else None
-
-
-def update_dtype(dtype: torch.dtype, factors: Factors) -> torch.dtype:
-    """Return what an update is computed in where a layer computes in `dtype`: that, but never float16."""
-    return wider(factors.widest(dtype), torch.float32) if dtype == torch.float16 else dtype
 
 
 def _cast(factors: Factors, dtype: torch.dtype) -> Factors:
@@ -234,7 +211,7 @@ class _Linear(torch.autograd.Function):
         adapter_input = x if dropped is None else dropped
         y, factors, *middles = _forward(x, adapter_input, weight, bias, stored, scale)
         ctx.scale, ctx.dtype_apart = scale, _dtype_apart(x, stored)
-        # The factors as they are stored cost nothing, and a second derivative reaches them.
+        # Saving the stored factors costs nothing, and a second derivative needs them.
         for_factors = (adapter_input, *middles) if any(ctx.needs_input_grad[4:8]) else (None, None, None)
         ctx.save_for_backward(weight, *stored, *factors, *for_factors)
         return y
@@ -294,7 +271,7 @@ def _gradients(
 def _differentiable_gradients(
     ctx: Any, g: Tensor, weight: Tensor, stored: Factors, x: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """Return what `_gradients` does, by formulas that autograd can differentiate and transforms can batch."""
+    """Return the same as `_gradients`, by formulas that autograd can differentiate and transforms can batch."""
     for_x, for_dropped = ctx.needs_input_grad[:2]
     dtype = g.dtype if ctx.dtype_apart is None else ctx.dtype_apart
     A, B, A_general, B_general = stored.to(dtype)

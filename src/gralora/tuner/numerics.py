@@ -1,25 +1,52 @@
-"""Computing the same bits again: precision, threads and denormals pinned, whatever the user has set."""
+"""The dtype that an update is computed in; and precision, threads and denormals pinned for repeatable results."""
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
+from torch import Tensor
+
+from gralora.tuner.blocks import Factors, wider
 
 # What is pinned belongs to the process: one thread at a time may change it and put it back.
 _LOCK = threading.RLock()
 _DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps", "hpu")
 _SMALL = 2048 * 2048  # elements of a weight
+_NO_CONTEXT = nullcontext()
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that a linear layer computes in on `x`: its own, or autocast's."""
+    if _is_autocast(x) and x.is_floating_point() and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which no product with `x` is cast."""
+    return torch.autocast(x.device.type, enabled=False) if _is_autocast(x) else _NO_CONTEXT
+
+
+def _is_autocast(x: Tensor) -> bool:
+    # The first question is quick; the second is an error on devices without autocast, the meta device for one.
+    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
+
+
+def update_dtype(dtype: torch.dtype, factors: Factors) -> torch.dtype:
+    """Return the dtype of an update in a layer that computes in `dtype`: the same, but never float16."""
+    return wider(factors.widest(dtype), torch.float32) if dtype == torch.float16 else dtype
 
 
 @contextmanager
 def pinned_numerics(threads: int | None = None) -> Iterator[None]:
-    """Compute without gradient, as precisely and as repeatably as torch can; every setting returns afterwards.
+    """Compute without gradients, as precisely and repeatably as torch can; every setting is restored afterwards.
 
     Outside autocast and inference mode, in full float32, denormals kept. One thread of the process at a time.
 
     Args:
-        threads: How many threads of torch to use; by default as many as now.
+        threads: Number of torch's threads; by default unchanged.
     """
     with _LOCK, ExitStack() as stack:
         for pin in (_full_float32_precision(), _thread_count(threads), _denormals_kept()):
@@ -34,7 +61,7 @@ def pinned_numerics(threads: int | None = None) -> Iterator[None]:
 
 @contextmanager
 def threads_for(largest: int) -> Iterator[None]:
-    """Compute with one thread where the largest weight has few elements, else with as many as before.
+    """Compute with one thread if the largest weight has few elements, else with as many as before.
 
     Measured: on a machine whose cores others use too, LAPACK's threads waiting for each other make the
     decomposition of a 64x64 matrix 500 times slower.
@@ -52,7 +79,7 @@ def threads_for(largest: int) -> Iterator[None]:
 
 
 def environment() -> tuple[int, str, bool]:
-    """Return what may change the bits of a product that `pinned_numerics` computes in this process."""
+    """Return the settings that may change the bits of a product computed under `pinned_numerics`."""
     return torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(), torch.backends.mkldnn.enabled
 
 

@@ -1,7 +1,7 @@
 """The one place that touches PEFT's registries and private names.
 
-PEFT finds a tuner by type in three dictionaries that every module of it imports by reference, and users
-find the classes as attributes of `peft`. Both are exchanged for ours, and put back by `unregister`.
+PEFT finds a tuner by type in three dictionaries, which all its modules share, and users find the classes as
+attributes of `peft`. Both are replaced by ours, and restored by `unregister`.
 """
 
 import functools
@@ -53,7 +53,7 @@ def unregister() -> None:
     """Put PEFT's own classes back.
 
     Raises:
-        RuntimeError: A model with GraLoRA layers of ours is alive; PEFT's own could neither save nor
+        RuntimeError: A model with our GraLoRA layers is alive; PEFT's own tuner could neither save nor
             change it.
     """
     if not _undo_list():

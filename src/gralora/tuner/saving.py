@@ -1,12 +1,73 @@
-"""Saving an adapter whose tensors FSDP or DeepSpeed's ZeRO-3 have sharded."""
+"""The tensors of an adapter that is saved, whole also where FSDP or DeepSpeed's ZeRO-3 have sharded them."""
 
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from gralora.tuner.layer import GraloraLayer
+
 # What FSDP1 and torch's activation checkpointing put into the names of modules, but not into a state dict.
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def adapter_tensors(model: nn.Module, bias: str, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of one adapter and the biases trained with it, whole.
+
+    Where processes hold shards, every process must call this.
+
+    Args:
+        model: Model with the adapter, which PEFT's own tuner may have put on before ours was registered.
+        bias: What the config says: "none", "all" or "gralora_only".
+        adapter_name: Name of the adapter.
+        state_dict: State dict of the model; empty in a process that saves nothing.
+
+    Raises:
+        RuntimeError: A tensor is not whole, or missing.
+    """
+    layers = {
+        plain_name(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer) and hasattr(module, "gralora_A")
+    }
+    containers = {f"{layer}.{container}" for layer in layers for container in GraloraLayer.adapter_layer_names}
+
+    def is_adapters(key: str) -> bool:
+        if key == "bias" or key.endswith(".bias"):
+            of_layer = key.removesuffix(".base_layer.bias") in layers
+            return bias == "all" or (bias == "gralora_only" and of_layer)
+        # `….gralora_A.<adapter>.weight`; of PEFT's own tuner without the last part
+        return key.rsplit(".", 2)[0] in containers or key.rsplit(".", 1)[0] in containers
+
+    tensors = gathered(model, {key: tensor for key, tensor in state_dict.items() if is_adapters(key)})
+    saves = any(".gralora_" in key for key in state_dict)  # a process that saves nothing passes an empty one
+    if refusal := shard_refusal(tensors) or (missing_refusal(layers, adapter_name, tensors) if saves else None):
+        raise RuntimeError(refusal)
+    return tensors
+
+
+def tensors_beside(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return what PEFT itself may save with an adapter, whole: modules trained whole, tokens, and embeddings."""
+    beside = _embeddings(model)
+    others = tuple(
+        f"{plain_name(name)}."
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper) or any(module is embedding for embedding in beside)
+    )
+    return gathered(model, {key: tensor for key, tensor in state_dict.items() if key.startswith(others)})
+
+
+def _embeddings(model: nn.Module) -> list[nn.Module]:
+    """Return the input and output embeddings; a model may have none."""
+    found = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            found.append(getattr(model, getter, lambda: None)())
+        except NotImplementedError:  # transformers' answer for a vision model, say
+            continue
+    return [module for module in found if module is not None]
 
 
 def plain_name(name: str) -> str:
@@ -17,11 +78,11 @@ def plain_name(name: str) -> str:
 
 
 def gathered(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return `tensors` whole, where each process holds a shard; every process must come here then.
+    """Return `tensors` whole; where each process holds a shard, every process must call this.
 
     Args:
-        model: Model that they are of.
-        tensors: Part of its state dict.
+        model: Model with the tensors.
+        tensors: Part of the model's state dict.
     """
     whole = {key: t.full_tensor() if isinstance(t, DTensor) else t for key, t in tensors.items()}
     # ZeRO-3 leaves an empty tensor in a parameter's place, and its shape in the parameter.
@@ -38,42 +99,37 @@ def gathered(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return whole
 
 
-def check_whole(tensors: dict[str, Tensor]) -> None:
-    """Refuse to save a shard that `gathered` could not gather.
-
-    Raises:
-        RuntimeError: A tensor of another kind, or without elements.
-    """
+def shard_refusal(tensors: dict[str, Tensor]) -> str | None:
+    """Return why tensors cannot be saved that `gathered` could not gather, or None where all are whole."""
     for key, tensor in tensors.items():
         if type(tensor) not in (Tensor, nn.Parameter) or not tensor.numel():
-            raise RuntimeError(
+            return (
                 f"`save_pretrained` must find whole tensors; got a {type(tensor).__name__} of shape "
                 f"{tuple(tensor.shape)} for {key!r}. Save from every process inside FSDP's `summon_full_params` or "
                 "DeepSpeed's `GatheredParameters`, or pass `state_dict=accelerator.get_state_dict(model)`."
             )
+    return None
 
 
-def check_complete(layers: dict[str, nn.Module], adapter_name: str, tensors: dict[str, Tensor]) -> None:
-    """Refuse to save an adapter without some of its factors.
+def missing_refusal(layers: dict[str, nn.Module], adapter_name: str, tensors: dict[str, Tensor]) -> str | None:
+    """Return which factor of an adapter is missing, or None.
 
     Args:
         layers: Adapted layers by their name in the state dict.
-        adapter_name: The adapter that is saved.
+        adapter_name: Name of the adapter that is saved.
         tensors: What was found of it.
-
-    Raises:
-        RuntimeError: A factor of a layer is not among `tensors`.
     """
     found = {ending for key in tensors for ending in (key, key.rpartition(".")[0])}
     for name, layer in layers.items():
-        for container in ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general"):
+        for container in GraloraLayer.adapter_layer_names:
             key = f"{name}.{container}.{adapter_name}"
             if _holds_tensors(getattr(layer, container), adapter_name) and key not in found:
-                raise RuntimeError(
+                return (
                     f"`save_pretrained` must find every factor of {adapter_name!r}; the state dict has no {key!r}. "
                     "If it is parametrized, call `torch.nn.utils.parametrize.remove_parametrizations` first; if "
                     "you passed a state dict, pass a whole one."
                 )
+    return None
 
 
 def _holds_tensors(container: Any, adapter_name: str) -> bool:

@@ -1,37 +1,310 @@
-# pyright: strict
-"""Which names to store for the modules that were chosen."""
+"""The modules that get an adapter: which ones, where they are in the model, and why one is refused."""
 
-import re
+import copy
+import difflib
+import warnings
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _ExcludedModule,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils import TaskType
+from peft.utils.quantization_utils import QuantizationBackend, get_quantization_kwargs
+from torch import Tensor, nn
+
+from gralora.tuner import tensor_parallel
+from gralora.tuner.config import GraloraConfig, LayerSettings
+from gralora.tuner.exact_targets import exact_targets
+from gralora.tuner.kinds import kind_for, kind_refusal
+from gralora.tuner.layer import GraloraLayer
+from gralora.tuner.merging.quantised import backend_of
+
+# Modules whose caller reads their weight instead of calling them, by transformers' `model_type`: an
+# adapter there would train and do nothing.
+_MAMBA = {"out_proj", "conv1d"}
+_WEIGHT_READERS = {
+    "mamba": _MAMBA | {"x_proj", "dt_proj"},
+    "falcon_mamba": _MAMBA | {"x_proj", "dt_proj"},
+    "mamba2": _MAMBA,
+    "nemotron_h": _MAMBA,
+    "falcon_h1": _MAMBA,
+    "bamba": _MAMBA,
+    "granitemoehybrid": _MAMBA,
+    "zamba2": _MAMBA,
+    "wavlm": {"q_proj", "k_proj", "v_proj", "out_proj"},
+}
+# Heads that PEFT trains whole, by `task_type`, and adds to `modules_to_save` only after injection.
+_HEADS = {
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
 
 
-def exact_targets(chosen: Iterable[str], others: Iterable[str]) -> set[str] | str:
-    r"""Return `target_modules` that PEFT matches with every name in `chosen` and none in `others`.
+class Places:
+    """All places of all modules of a model: full names and parents."""
 
-    PEFT takes a name of a list as the end of a module's name. Each chosen module gets the shortest end that
-    no other module has. Where even a full name is the end of another one, the result is a regular
-    expression over the whole name.
+    def __init__(self, model: nn.Module) -> None:
+        self._places: dict[int, list[tuple[str, nn.Module]]] = {}
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for name, module in modules.items():
+            if name:
+                self._places.setdefault(id(module), []).append((name, modules[name.rpartition(".")[0]]))
+        self._names = {places[0][0]: [name for name, _ in places] for places in self._places.values()}
 
-    Example:
-        >>> sorted(exact_targets(["layers.0.q", "layers.1.q", "mlp.down"], ["layers.0", "layers.1", "down"]))
-        ['mlp.down', 'q']
-        >>> exact_targets(["layers.0.q", "proj"], ["layers.0", "enc.proj"])
-        '(.*\\.)?(q)|proj'
+    def of(self, module: nn.Module) -> list[tuple[str, nn.Module]]:
+        """Return the places of a module; the first name is the one that PEFT knows."""
+        return self._places[id(module)]
+
+    def names(self, first: str) -> list[str]:
+        """Return all names of the module whose first name is `first`."""
+        return self._names.get(first, [first])
+
+    def names_without(self, modules: Iterable[nn.Module]) -> list[str]:
+        """Return all names of all modules but these."""
+        without = set(map(id, modules))
+        return [name for key, places in self._places.items() if key not in without for name, _ in places]
+
+    def leaf_names(self) -> list[str]:
+        """Return the last parts of the names of modules without children."""
+        parents = {id(parent) for places in self._places.values() for _, parent in places}
+        return sorted({p[0][0].rpartition(".")[2] for key, p in self._places.items() if key not in parents})
+
+
+@dataclass
+class Target:
+    """A module that is to get an adapter, with all its places."""
+
+    module: nn.Module
+    places: list[tuple[str, nn.Module]]
+    backend: QuantizationBackend | None
+
+    @property
+    def name(self) -> str:
+        """The name that PEFT knows."""
+        return self.places[0][0]
+
+    @property
+    def parents(self) -> list[nn.Module]:
+        """The modules that hold it."""
+        return [parent for _, parent in self.places]
+
+    @property
+    def kind(self) -> Any:
+        """The kind of layer that it gets; None where no kind covers it."""
+        return kind_for(self.module, self.backend)
+
+    def settings(self, config: GraloraConfig) -> LayerSettings:
+        """Return the settings of the adapter on this module; all its names must agree on them.
+
+        Raises:
+            ValueError: They do not.
+        """
+        settings = {config.settings_for(name) for name, _ in self.places}
+        if len(settings) > 1:
+            names = ", ".join(repr(name) for name, _ in self.places)
+            raise ValueError(
+                "a module has one adapter, and `rank_pattern`, `alpha_pattern` and `k_pattern` give different values "
+                f"to its names {names}. Write keys that match all of them."
+            )
+        return settings.pop()
+
+    def kind_refusal(self) -> str | None:
+        """Return why no kind of layer takes the module, or None."""
+        return None if isinstance(self.module, GraloraLayer) else kind_refusal(self.module, self.backend)
+
+    def width_refusal(self, config: GraloraConfig) -> str | None:
+        """Return why the blocks do not fit the widths of the module, or None."""
+        if isinstance(self.module, GraloraLayer):
+            widths = self.module.in_features, self.module.out_features
+        else:
+            if self.kind is None:
+                return None
+            widths = self.kind.features(self.module)
+        return self.settings(config).width_refusal(*widths)
+
+    def attention_refusal(self) -> str | None:
+        """Return why an adapter would do nothing inside PyTorch's attention, or None."""
+        if any(isinstance(parent, nn.MultiheadAttention) for parent in self.parents):
+            return "nn.MultiheadAttention reads this layer's weight instead of calling it."
+        return None
+
+    def reader_refusal(self, model_type: str | None) -> str | None:
+        """Return why an adapter would do nothing in models of this type, or None."""
+        for name, _ in self.places:
+            if (last_part := name.rpartition(".")[2]) in _WEIGHT_READERS.get(model_type, ()):
+                return (
+                    f"models of type {model_type!r} read the weight of {last_part!r} instead of calling it, so an "
+                    "adapter there does nothing."
+                )
+        return None
+
+    def placement_refusal(self, model: nn.Module) -> str | None:
+        """Return why an adapter cannot follow a tensor-parallel slice, or None."""
+        if isinstance(self.module, GraloraLayer):
+            return None
+        return tensor_parallel.placement_refusal(model, self.name, self.module, self.backend is not None)
+
+    def disk_refusal(self, model: nn.Module) -> str | None:
+        """Return why an adapter cannot be loaded here, since the weight is on disk, or None."""
+        weight = getattr(self.module, "weight", None)
+        on_disk = isinstance(weight, Tensor) and weight.device.type == "meta" and not hasattr(self.module, "_hf_hook")
+        if on_disk and "disk" in getattr(model, "hf_device_map", {}).values():
+            return (
+                "its weight is offloaded to disk, and PEFT's loading over disk offload knows LoRA's names only. Load "
+                "the base model with more CPU memory (`max_memory`), or put the adapter on with `get_peft_model` and "
+                "load its weights with `set_peft_model_state_dict`."
+            )
+        return None
+
+
+def check_target(target: Target, config: GraloraConfig, model: nn.Module, model_type: str | None) -> None:
+    """Check that `target` can be adapted, before anything is changed.
+
+    Raises:
+        ValueError: A width that `gralora_k` does not divide, a weight that its caller reads, a module that PEFT trains
+            whole, or a slice that no adapter can follow.
+        TypeError: A module of a kind that GraLoRA cannot adapt.
+        RuntimeError: A base weight that is offloaded to disk.
     """
-    taken = {end for name in others for end in _ends(name)}
-    ends: set[str] = set()
-    whole: set[str] = set()
-    for name in chosen:
-        end = next((end for end in _ends(name) if end not in taken), None)
-        ends.add(end) if end else whole.add(name)
-    if not whole:
-        return ends
-    alternatives = [re.escape(name) for name in sorted(whole)]
-    if ends:
-        alternatives.insert(0, rf"(.*\.)?({'|'.join(re.escape(end) for end in sorted(ends))})")
-    return "|".join(alternatives)
+    try:
+        if any(is_trained_whole(name, config) for name, _ in target.places):
+            raise ValueError("PEFT trains this module whole, by `modules_to_save` or `task_type`.")
+        if refusal := target.reader_refusal(model_type):
+            raise ValueError(refusal)
+        if refusal := target.attention_refusal() or target.kind_refusal():
+            raise TypeError(refusal)
+        if refusal := target.width_refusal(config) or target.placement_refusal(model):
+            raise ValueError(refusal)
+    except (TypeError, ValueError) as error:
+        way_out = "Take it out of `target_modules`, or name it in `exclude_modules`."
+        raise type(error)(f"{target.name!r} cannot be adapted: {error} {way_out}") from None
+    if refusal := target.disk_refusal(model):
+        raise RuntimeError(f"{target.name!r} cannot be adapted: {refusal}")
 
 
-def _ends(name: str) -> Iterable[str]:
-    parts = name.split(".")
-    return (".".join(parts[start:]) for start in reversed(range(len(parts))))
+def check_trained_whole(model: nn.Module, config: GraloraConfig) -> None:
+    """Check that PEFT can train whole the modules that `config` names for it.
+
+    Raises:
+        ValueError: Tensor parallelism has sliced one.
+    """
+    for name, module in model.named_modules():
+        if is_trained_whole(name, config) and (refusal := tensor_parallel.whole_training_refusal(model, name, module)):
+            raise ValueError(f"{name!r} cannot be trained whole: {refusal}")
+
+
+def is_trained_whole(name: str, config: GraloraConfig) -> bool:
+    """Return whether PEFT trains a copy of a module, or of one around it.
+
+    It takes each module whose name ends in one of `modules_to_save`, or in a head's name by `task_type`.
+    """
+    endings = (*_HEADS.get(config.task_type, ()), *(config.modules_to_save or ()))
+    parts = name.split(".") if endings else ()
+    return any(".".join(parts[:end]).endswith(endings) for end in range(1, len(parts) + 1))
+
+
+def matches(config: GraloraConfig, names: list[str]) -> bool | _ExcludedModule:
+    """Return whether `config` chooses a module by any of its names; an exclusion by one of them wins."""
+    found = [check_target_module_exists(config, name) for name in names]
+    return next((match for match in found if isinstance(match, _ExcludedModule)), any(found))
+
+
+def find_targets(
+    model: nn.Module, places: Places, config: GraloraConfig, state_dict: dict[str, Tensor] | None
+) -> list[Target]:
+    """Return the modules that `config` or the keys of `state_dict` choose, without changing anything.
+
+    `"all-linear"` chooses modules; other targets choose names, as PEFT matches them.
+    """
+    modules = dict(model.named_modules())
+    if state_dict is None:
+        resolved = copy.copy(config)
+        _maybe_include_all_linear_layers(resolved, model)
+        chosen = [name for name in modules if matches(resolved, places.names(name))]
+        if config.asks_for_all_linear:
+            chosen = [name for name in chosen if name in resolved.target_modules]
+    else:
+        named = {key.rsplit(".gralora_", 1)[0].removeprefix("_orig_mod.") for key in state_dict}
+        chosen = [name for name in modules if name.removeprefix("_orig_mod.") in named]
+    inside, quantisation = _inside_tuner_layers(model), get_quantization_kwargs(model)
+    return [target_for(modules[name], places, quantisation) for name in chosen if name and not name.startswith(inside)]
+
+
+def target_for(module: nn.Module, places: Places, quantisation: dict[str, Any]) -> Target:
+    """Return `module` as a target; `quantisation` is what PEFT's `get_quantization_kwargs` found in the model."""
+    backend = None if isinstance(module, GraloraLayer) else backend_of(module, **quantisation)
+    return Target(module, places.of(module), backend)
+
+
+def leave_out_misfits(targets: list[Target], config: GraloraConfig, model_type: str | None) -> list[Target]:
+    """Return those of "all linear layers" that fit, and warn once of the others.
+
+    Raises:
+        ValueError: None fits.
+    """
+    targets = [target for target in targets if not any(is_trained_whole(name, config) for name, _ in target.places)]
+    fitting, left_out = [], []
+    for target in targets:
+        is_read = target.attention_refusal() or target.reader_refusal(model_type)
+        (left_out if is_read or target.width_refusal(config) else fitting).append(target)
+    if targets and not fitting:
+        reason = targets[0].width_refusal(config) or "its weight is read without calling it."
+        raise ValueError(
+            f"`target_modules='all-linear'` must find a layer that can be adapted; none of {len(targets)} can. "
+            f"{targets[0].name!r}: {reason}"
+        )
+    if left_out:
+        names = ", ".join(repr(target.name) for target in left_out[:8])
+        more = f" and {len(left_out) - 8} more" if len(left_out) > 8 else ""
+        warnings.warn(
+            f"`target_modules='all-linear'` leaves out {names}{more}: `gralora_k={config.gralora_k}` does not "
+            "divide their widths, or their weight is read without calling them. Name them in `exclude_modules` to "
+            "silence this.",
+            stacklevel=2,
+        )
+    return fitting
+
+
+def names_of(targets: list[Target], places: Places, model: nn.Module) -> set[str] | str:
+    """Return `target_modules` that means `targets` and no other module of `model`."""
+    inside = _inside_tuner_layers(model)
+    others = places.names_without(target.module for target in targets)
+    return exact_targets([target.name for target in targets], [name for name in others if not name.startswith(inside)])
+
+
+def warn_of_unmatched_names(asked: set[str], places: Places) -> None:
+    """Name the entries of a target list that match nothing; where nothing matches at all, PEFT raises."""
+    names = places.names_without([])
+    unmatched = sorted(t for t in asked if not any(name == t or name.endswith(f".{t}") for name in names))
+    if not unmatched or len(unmatched) == len(asked):
+        return
+    hints = []
+    for target in unmatched:
+        near = difflib.get_close_matches(target.rpartition(".")[2], places.leaf_names(), n=3)
+        hints.append(f"{target!r}" + (f" (nearest: {', '.join(map(repr, near))})" if near else ""))
+    warnings.warn(f"`target_modules` names that match no module: {'; '.join(hints)}.", stacklevel=2)
+
+
+def announce_unmergeable(targets: Iterable[Target]) -> None:
+    """Warn once for each reason why new layers at `targets` can never be merged."""
+    refusals = Counter[str]()
+    for target in targets:
+        layer = getattr(target.parents[0], target.name.rpartition(".")[2])
+        if isinstance(layer, GraloraLayer) and (refusal := layer.rewrite_refusal()):
+            refusals[refusal] += 1
+    for refusal, count in refusals.items():
+        warnings.warn(
+            f"{count} adapted layers cannot be merged: {refusal}. Training and inference still work.", stacklevel=2
+        )
+
+
+def _inside_tuner_layers(model: nn.Module) -> tuple[str, ...]:
+    """Return the beginnings of all names inside tuner layers."""
+    named = model.named_modules(remove_duplicate=False)
+    return tuple(f"{name}." for name, module in named if isinstance(module, BaseTunerLayer))

@@ -10,9 +10,10 @@ returns the whole output. Only the middle tensor `h = x · A` crosses the slices
     others     x and output are whole: as in one process     nothing
 
 The factor that is sliced (B in "colwise", A in "rowwise") has a gradient in its slice only, which is summed too.
-So all processes hold the same parameters and the same gradients; optimizers, clipping and saving need no care.
+So all processes hold the same parameters and the same gradients, and optimizers, clipping and saving work as usual.
 """
 
+import functools
 import re
 from collections.abc import Iterator
 from enum import Enum
@@ -27,10 +28,9 @@ from torch.distributed._functional_collectives import all_reduce, wait_tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from gralora.tuner import fused
 from gralora.tuner.blocks import Factors, exchange
 from gralora.tuner.config import LayerSettings
-from gralora.tuner.layer import Linear
+from gralora.tuner.layer import GraloraLayer
 
 
 class Layout(Enum):
@@ -52,19 +52,28 @@ _LAYOUTS = {
 }
 
 
-def placement_of(
-    model: nn.Module, name: str, module: nn.Module, quantised: bool = False
-) -> tuple[Layout, DeviceMesh] | None:
-    """Return how tensor parallelism slices a module of `model`, or None for a model that is not parallel so.
+def placement_of(model: nn.Module, name: str, module: nn.Module) -> tuple[Layout, DeviceMesh] | None:
+    """Return how tensor parallelism slices a module of `model`, or None for a model that is not parallel.
+
+    Args:
+        model: Model that the adapter is put on.
+        name: Name of the module in it.
+        module: The module, which `placement_refusal` does not refuse.
+    """
+    plan, mesh = _plan_and_mesh(model, name)
+    if mesh is None:
+        return None
+    return (_LAYOUTS[plan] if isinstance(getattr(module, "weight", None), DTensor) else Layout.WHOLE), mesh
+
+
+def placement_refusal(model: nn.Module, name: str, module: nn.Module, quantised: bool) -> str | None:
+    """Return why no adapter can follow the way in which tensor parallelism slices a module, or None.
 
     Args:
         model: Model that the adapter is put on.
         name: Name of the module in it.
         module: The module.
-        quantised: Whether its weight is.
-
-    Raises:
-        ValueError: The module is sliced in a way that no adapter can follow.
+        quantised: Whether its weight is quantised.
     """
     weight = getattr(module, "weight", None)
     sliced = isinstance(weight, DTensor)
@@ -72,39 +81,36 @@ def placement_of(
     if mesh is None:
         managed_by_fsdp = getattr(module, "_is_fsdp_managed_module", False)
         if sliced and (not managed_by_fsdp or "tp" in (weight.device_mesh.mesh_dim_names or ())):
-            raise ValueError(
-                f"{name!r} can't be adapted: a layer whose weight is sliced must be in a tensor-parallel plan of "
-                f"transformers; got a DTensor with placements {weight.placements}, and no plan. Load the model with "
+            return (
+                "a layer whose weight is sliced must be in a tensor-parallel plan of transformers; got a DTensor with "
+                f"placements {weight.placements}, and no plan. Load the model with "
                 '`from_pretrained(..., distributed_config=DistributedConfig(tp_size=..., tp_plan="auto"))`.'
             )
         return None
     if not sliced and plan in (None, "replicate"):
-        return Layout.WHOLE, mesh
-    way_out = "Take it out of `target_modules`, or change its plan with `DistributedConfig(tp_plan={...})`."
+        return None
+    way_out = "Change its plan with `DistributedConfig(tp_plan={...})`."
     if plan not in _LAYOUTS:
         known = ", ".join(map(repr, _LAYOUTS))
-        raise ValueError(
-            f"{name!r} can't be adapted: its tensor-parallel plan must be one of {known}; got {plan!r}. {way_out}"
-        )
+        return f"its tensor-parallel plan must be one of {known}; got {plan!r}. {way_out}"
     if quantised or not sliced:
-        raise ValueError(
-            f"{name!r} can't be adapted: a layer of the tensor-parallel plan {plan!r} must have an unquantised weight "
-            f"that is a DTensor, as transformers 5.17 and later make it; got {type(weight).__name__}. {way_out}"
+        return (
+            f"a layer of the tensor-parallel plan {plan!r} must have an unquantised weight that is a DTensor, as "
+            f"transformers 5.17 and later make it; got {type(weight).__name__}. {way_out}"
         )
-    return _LAYOUTS[plan], mesh
+    if not isinstance(module, nn.Linear):
+        return f"a layer that is sliced must be an nn.Linear; got {type(module).__name__}. {way_out}"
+    return None
 
 
-def check_trained_whole(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Refuse to train a copy of a sliced module, as PEFT does for `modules_to_save`: it would get no gradient.
-
-    Raises:
-        ValueError: `module` of `model` is sliced.
-    """
+def whole_training_refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
+    """Return why a copy of a module cannot be trained, as PEFT does for `modules_to_save`, or None."""
     if any(isinstance(p, DTensor) for p in module.parameters()) and _plan_and_mesh(model, name)[1] is not None:
-        raise ValueError(
-            f"{name!r} can't be trained whole: a module in `modules_to_save` must not be sliced by tensor parallelism; "
-            "PEFT's copy of it would get no gradient. Make it a target, or take it out of the tensor-parallel plan."
+        return (
+            "a module in `modules_to_save` must not be sliced by tensor parallelism; PEFT's copy of it would get no "
+            "gradient. Make it a target, or take it out of the tensor-parallel plan."
         )
+    return None
 
 
 def _plan_and_mesh(model: nn.Module, name: str) -> tuple[str | None, DeviceMesh | None]:
@@ -122,8 +128,8 @@ def _plan_and_mesh(model: nn.Module, name: str) -> tuple[str | None, DeviceMesh 
     return (getattr(owner, "tp_plan", None) or {}).get(generic), mesh
 
 
-class TensorParallelLinear(Linear):
-    """GraLoRA on a linear layer of which every process holds a slice.
+class TensorParallelLayer(GraloraLayer):
+    """A layer in tensor parallelism, where every process holds a slice of the base layer, or all of it.
 
     The parameters are whole, `in_features` and `out_features` those of the whole layer.
     """
@@ -131,18 +137,16 @@ class TensorParallelLinear(Linear):
     def __init__(
         self,
         base_layer: nn.Module,
-        in_features: int,
-        out_features: int,
+        quantization_backend: QuantizationBackend | None,
         layout: Layout,
         mesh: DeviceMesh,
-        quantization_backend: QuantizationBackend | None = None,
     ) -> None:
-        super().__init__(base_layer, in_features, out_features, quantization_backend)
+        super().__init__(base_layer, quantization_backend)
         self.layout = layout
         self.mesh = mesh
 
     def add_adapter(self, adapter_name: str, settings: LayerSettings, on_meta: bool = False) -> None:
-        """Create the parameters of one adapter, the same in every process; each of them must come here."""
+        """Create the parameters of one adapter, the same in every process; each process must call this."""
         super().add_adapter(adapter_name, settings, on_meta)
         if not on_meta:
             for tensor in self.factors(adapter_name):
@@ -151,22 +155,29 @@ class TensorParallelLinear(Linear):
         if settings.gralora_dropout and self.layout is not Layout.IN_SLICE:
             self.gralora_dropout[adapter_name] = CommonDropout(settings.gralora_dropout, self.mesh)
 
-    def _add_update(self, result: Tensor, x: Tensor, adapter_name: str, factors: Factors) -> Tensor:
+    def add(self, result: Tensor, x: Tensor, factors: Factors) -> Tensor:
+        """Return `result + update(x)`, where either may be a slice of the features."""
         if self.layout is Layout.WHOLE:
-            return super()._add_update(result, x, adapter_name, factors)
-        width = self.in_features if self.layout is Layout.OUT_SLICE else len(_own(self.in_features, self.mesh))
+            return super().add(result, x, factors)
+        own_input, own_output = _own(self.in_features, self.mesh), _own(self.out_features, self.mesh)
+        width = self.in_features if self.layout is Layout.OUT_SLICE else len(own_input)
         if x.shape[-1] != width:
             raise RuntimeError(
                 f"the input of a {self.layout.value!r} layer must have {width} of its {self.in_features} features in "
                 f"this process; got {x.shape[-1]}. The plan of the model and what its modules pass on do not agree."
             )
-        rows, factors = self._operands(x, adapter_name, factors)
-        with fused.without_autocast(x):
-            if self.layout is Layout.OUT_SLICE:
-                update = out_slice_update(rows, factors, _own(self.out_features, self.mesh), self.mesh)
-            else:
-                update = in_slice_update(rows, factors, _own(self.in_features, self.mesh), self.mesh)
+        rows = x.reshape(-1, width)
+        if self.layout is Layout.OUT_SLICE:
+            update = out_slice_update(rows, factors, own_output, self.mesh)
+        else:
+            update = in_slice_update(rows, factors, own_input, self.mesh)
         return (result + update.view(result.shape)).to(result.dtype)
+
+
+@functools.cache
+def parallel(kind: type[GraloraLayer]) -> type[TensorParallelLayer]:
+    """Return the class for layers of `kind` in a tensor-parallel model."""
+    return type(f"TensorParallel{kind.__name__}", (TensorParallelLayer, kind), {"__module__": __name__})
 
 
 class CommonDropout(nn.Dropout):
@@ -230,12 +241,12 @@ def _by_block(features: range, width: int) -> Iterator[tuple[int, slice]]:
 
 
 def _sum(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
-    """Return the sum over all processes, which go on alike, so that the gradient passes as it is."""
+    """Return the sum over all processes; they continue alike, so the gradient passes unchanged."""
     return _Sum.apply(tensor, mesh)
 
 
 def _sum_gradient(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
-    """Return `tensor`, the same in all processes, which go on with different slices: the gradients are summed."""
+    """Return `tensor`; the processes continue with different slices of it, so the gradients are summed."""
     return _SumGradient.apply(tensor, mesh)
 
 

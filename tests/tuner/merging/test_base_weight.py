@@ -10,7 +10,7 @@ from torch import nn
 
 from gralora import GraloraConfig, GraloraLayer, get_peft_model
 from gralora.tuner.config import LayerSettings
-from gralora.tuner.layer import Linear
+from gralora.tuner.linear import Linear
 from gralora.tuner.merging import merge as merging
 from gralora.tuner.merging import records, rows
 from gralora.tuner.merging.sharing import UNSHARED
@@ -20,7 +20,7 @@ HALF = [torch.bfloat16, torch.float16]
 
 def make_layer(n_in=64, n_out=48, dtype=torch.bfloat16, k=4, r=8, q=0, ratio=0.1):
     """A layer whose update is `ratio` times as large as its weight, by mean absolute value."""
-    layer = Linear(nn.Linear(n_in, n_out, bias=False, dtype=dtype), n_in, n_out)
+    layer = Linear(nn.Linear(n_in, n_out, bias=False, dtype=dtype))
     layer.add_adapter("default", LayerSettings(r, q, float(r + q), k, 0.0, False, False))
     layer.set_adapter("default")
     for name in ("gralora_A", "gralora_B"):
@@ -93,7 +93,7 @@ def test_what_changes_in_between_does_not_matter(between):
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float64, torch.float32)])
 @pytest.mark.parametrize("size", [64, 16])  # large factors are kept rounded
 def test_adapters_of_different_dtypes_merge_exactly_and_come_off(dtypes, size):
-    layer = Linear(nn.Linear(size, size, bias=False), size, size)
+    layer = Linear(nn.Linear(size, size, bias=False))
     for name, dtype in zip("ab", dtypes, strict=True):
         layer.add_adapter(name, LayerSettings(2, 0, 2.0, 2, 0.0, False, False))
         for factor in ("gralora_A", "gralora_B"):
@@ -152,7 +152,7 @@ def test_a_weight_changed_while_merged_is_not_restored_to_something_else():
     layer.merge()
     with torch.no_grad():
         layer.base_layer.weight[3, 3] += 1
-    with pytest.raises(RuntimeError, match="can't be undone: the base weight was changed while it was merged"):
+    with pytest.raises(RuntimeError, match="cannot be undone: the base weight was changed while it was merged"):
         layer.unmerge()
     assert layer.merged
 

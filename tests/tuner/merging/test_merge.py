@@ -249,7 +249,7 @@ def test_a_weight_that_cannot_be_rewritten_is_refused_before_anything_changes():
     frozen.weight = weight
     before = weights_of(model)
     with pytest.raises(
-        RuntimeError, match=r"Nothing was merged: 'down' can't be, because.*no plain `weight` parameter"
+        RuntimeError, match=r"Nothing was merged: 'down' cannot be, because.*no plain `weight` parameter"
     ):
         model.merge_adapter()
     assert_same_bits(before, weights_of(model))

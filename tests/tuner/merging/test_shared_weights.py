@@ -118,7 +118,7 @@ def test_a_base_that_is_called_from_elsewhere_with_another_forward_is_refused():
     base = model.base_model.model.b
     base.forward = base.forward
     before = weights_of(model)
-    with pytest.raises(RuntimeError, match=r"Nothing was merged: 'a' can't be, because its base, Linear, is called"):
+    with pytest.raises(RuntimeError, match=r"Nothing was merged: 'a' cannot be, because its base, Linear, is called"):
         model.merge_adapter()
     assert_same_bits(before, weights_of(model))
 

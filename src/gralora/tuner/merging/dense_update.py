@@ -1,4 +1,4 @@
-"""The update of adapters as rows of a matrix, in the precision that a merge adds it in."""
+"""The dense update of adapters, by rows, in the precision in which a merge adds it."""
 
 import functools
 from typing import NamedTuple
@@ -13,18 +13,18 @@ from gralora.tuner.merging.rows import Window, chunk_height
 
 
 class Part(NamedTuple):
-    """One adapter's share of a merge: its factors and the scale at that time."""
+    """The factors and the scale of one adapter at the time of a merge."""
 
     factors: blocks.Factors
     scale: float
 
     @classmethod
     def gathered(cls, factors: blocks.Factors, scale: float) -> "Part":
-        """Return a part with whole factors, where FSDP2 has sharded them; every process must come here then."""
+        """Return a part with whole factors; where FSDP2 has sharded them, every process must call this."""
         return cls(blocks.Factors(*(f.full_tensor() if isinstance(f, DTensor) else f for f in factors)), scale)
 
     def kept(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> "Part":
-        """Return a copy that nobody else can change, in `dtype` and on `device` where they are given."""
+        """Return an independent copy, in `dtype` and on `device` where they are given."""
         return Part(
             blocks.Factors(
                 *(None if f is None else f.detach().to(device, dtype, copy=True) for f in self.factors),
@@ -45,17 +45,17 @@ def delta(
 
 
 def delta_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """Return what an update is added in: float32, or what holds all of `dtypes` where that is wider."""
+    """Return the dtype in which an update is added: float32, or the one that holds all of `dtypes` if wider."""
     return functools.reduce(blocks.wider, dtypes, torch.float32)
 
 
 def sum_dtype(rows: Tensor, parts: list[Part]) -> torch.dtype:
-    """Return what the update of `parts` is added to `rows` in."""
+    """Return the dtype in which the update of `parts` is added to `rows`."""
     return delta_dtype(rows.dtype, *(part.factors.A.dtype for part in parts))
 
 
 class Scratch:
-    """Memory for one chunk, used again for every chunk: fresh pages cost more than the products."""
+    """Buffers for one chunk, reused for every chunk, since fresh pages cost more than the products."""
 
     def __init__(self, window: Window, parts: list[Part]) -> None:
         factors, rows = parts[0].factors, window.rows
@@ -67,7 +67,7 @@ class Scratch:
         self._rounded = torch.empty(shape, dtype=rows.dtype, device=rows.device)
 
     def delta(self, parts: list[Part], start: int, stop: int) -> Tensor:
-        """Return rows of the update, as wide as the window and on its device."""
+        """Return rows of the update, restricted to the columns of the window, on its device."""
         first_row, first_column = self.window.first_row, self.window.first_column
         whole = delta(parts, self.dtype, first_row + start, first_row + stop, out=self._delta[: stop - start])
         return whole[:, first_column : first_column + self._sum.shape[1]].to(self._sum.device)
@@ -77,6 +77,6 @@ class Scratch:
         return torch.add(original, update, out=self._sum[: len(update)])
 
     def unrounded(self, merged: Tensor, update: Tensor) -> Tensor:
-        """Return `merged - update` in the dtype of `merged` and contiguous: the original, but for rounding."""
+        """Return `merged - update` in the dtype of `merged`, contiguous: the original up to rounding."""
         difference = torch.sub(merged, update, out=self._sum[: len(update)])
         return self._rounded[: len(update)].copy_(difference)

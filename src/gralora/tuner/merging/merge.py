@@ -1,4 +1,4 @@
-"""The weight under an adapter: can it be merged, and everything that a merge needs before it is written."""
+"""Merging into one base weight: whether it is possible, and everything that has to be known before it is written."""
 
 from collections.abc import Callable
 
@@ -11,21 +11,22 @@ from torch.distributed.tensor import DTensor
 
 from gralora.tuner.merging import quantised
 from gralora.tuner.merging.dense_update import Part, Scratch, sum_dtype
-from gralora.tuner.merging.records import CopyRecord, DenseRecord, ForgottenRecord, MergeRecord, Place, SharedRecord
-from gralora.tuner.merging.rows import as_integers, chunks, digest, local, window_of
+from gralora.tuner.merging.records import CopyRecord, DenseRecord, ForgottenRecord, MergeRecord, SharedRecord
+from gralora.tuner.merging.rows import as_integers, chunks, digest, local
 from gralora.tuner.merging.sharing import UNSHARED, Sharing, own_copy
+from gralora.tuner.merging.weight import Place, WeightRef
 from gralora.tuner.numerics import pinned_numerics
 
 
-def obstacle_to_merging(base: nn.Module, backend: QuantizationBackend | None) -> str | None:
-    """Return why the weight of `base` can't be read and rewritten, and the way out, or None where it can."""
+def rewrite_refusal(ref: WeightRef, backend: QuantizationBackend | None) -> str | None:
+    """Return why a weight can never be read and rewritten, and the way out, or None where it can."""
     way_out = "to merge, load the base model in 16 or 32 bits"
     if backend is not None:
-        return None if backend.supports_merge else f"{backend.backend_name} weights can't be written; {way_out}"
+        return None if backend.supports_merge else f"{backend.backend_name} weights cannot be written; {way_out}"
     # PEFT's wrapper of trainable tokens computes its `weight` when asked, from tensors that may be on meta.
-    weight = None if isinstance(base, AuxiliaryTrainingWrapper) else getattr(base, "weight", None)
-    if not isinstance(weight, Tensor if _flattened_by_fsdp1(base) else nn.Parameter):
-        return f"its base, {type(base).__name__}, holds no plain `weight` parameter"
+    weight = None if isinstance(ref.owner, AuxiliaryTrainingWrapper) else ref.parameter
+    if not isinstance(weight, Tensor if _flattened_by_fsdp1(ref.owner) else nn.Parameter):
+        return f"its base, {type(ref.owner).__name__}, holds no plain `{ref.name}` parameter"
     if type(weight) not in (nn.Parameter, Tensor, DTensor):
         return f"its base weight is a {type(weight).__name__}; {way_out}"
     if not weight.is_floating_point() or weight.dtype.itemsize == 1:
@@ -33,20 +34,21 @@ def obstacle_to_merging(base: nn.Module, backend: QuantizationBackend | None) ->
     return None
 
 
-def absence(base: nn.Module) -> str | None:
-    """Return why the weight of `base` can't be rewritten at the moment, for how it is sharded, or None."""
-    weight = getattr(base, "weight", None)
+def absence_refusal(ref: WeightRef) -> str | None:
+    """Return why a weight cannot be rewritten at the moment, because of how it is sharded, or None."""
+    weight = ref.parameter
     if isinstance(weight, DTensor):
         return None
-    flat = isinstance(weight, nn.Parameter) and weight.is_floating_point() and weight.dim() != 2
-    if flat or (_flattened_by_fsdp1(base) and not isinstance(weight, nn.Parameter)):
+    # FSDP1 and ZeRO-3 leave a vector, which may be empty, in the place of a weight.
+    flat = isinstance(weight, nn.Parameter) and weight.is_floating_point() and weight.dim() < 2
+    if flat or (_flattened_by_fsdp1(ref.owner) and not isinstance(weight, nn.Parameter)):
         return (
             "only a shard of its base weight is here. Merge and unmerge inside one `with` of FSDP's "
             "`summon_full_params` or DeepSpeed's `GatheredParameters`."
         )
     # Both kinds of FSDP mark their modules so; FSDP1 alone marks the parameter, or says that it was flattened.
-    fsdp1 = getattr(weight, "_fsdp_flattened", False) or _flattened_by_fsdp1(base)
-    if getattr(base, "_is_fsdp_managed_module", False) and not fsdp1:
+    fsdp1 = getattr(weight, "_fsdp_flattened", False) or _flattened_by_fsdp1(ref.owner)
+    if getattr(ref.owner, "_is_fsdp_managed_module", False) and not fsdp1:
         return (
             "its base weight is gathered for a forward pass, so that what is written to it would be lost. Call "
             "`reshard()` of the model that `fully_shard` returned first."
@@ -54,17 +56,17 @@ def absence(base: nn.Module) -> str | None:
     return None
 
 
-def separation_refusal(base: nn.Module, sharing: Sharing, own_weights: bool) -> str | None:
-    """Return why the weight of `base` can't be replaced by one of its own where it has to be, or None."""
-    if isinstance(getattr(base, "weight", None), DTensor):
+def separation_refusal(base: nn.Module, ref: WeightRef, sharing: Sharing, own_weights: bool) -> str | None:
+    """Return why a weight cannot be replaced by one of its own where it has to be, or None."""
+    if isinstance(ref.parameter, DTensor):
         if sharing:
             return "its base weight is sharded and tied to another one. Untie them, or take it out of `target_modules`."
         if own_weights:
-            return "its base weight is sharded, so that it can't be replaced by one of its own (`own_weights=True`)."
+            return "its base weight is sharded, so it cannot be replaced by one of its own (`own_weights=True`)."
     if sharing.module and "forward" in base.__dict__:
         return (
             f"its base, {type(base).__name__}, is called from elsewhere in the model too, and its `forward` was "
-            "replaced (by offloading, say), so that it can't be copied. Merge before that, or take it out of "
+            "replaced (by offloading, say), so it cannot be copied. Merge before that, or take it out of "
             "`target_modules`."
         )
     return None
@@ -83,84 +85,81 @@ def prepare(
     keep: bool = True,
     sharing: Sharing = UNSHARED,
 ) -> tuple[MergeRecord, Callable[[], None]]:
-    """Work out a merge of `parts` into the base weight of `layer`; nothing has changed yet.
+    """Compute the merge of `parts` into the base weight of `layer`; nothing has changed yet.
 
     A dense weight is written in place, into the same storage; one that another module holds too is
     replaced by a parameter of its own. A quantised one is dequantised, merged and quantised again.
 
     Args:
         layer: Tuner layer.
-        names: The adapters, for the record.
-        parts: Their factors and scales.
+        names: Names of the adapters, for the record.
+        parts: Factors and scales of the adapters.
         safe: Refuse a result that is not finite.
         keep: Keep what an unmerge needs.
-        sharing: What of the base others hold, which is to stay as it is.
+        sharing: What of the base others hold, which must stay as it is.
 
     Returns:
-        The way back, and what writes the merged weight.
+        The record that undoes the merge, and a function that writes the merged weight.
 
     Raises:
         ValueError: A non-finite result with `safe`.
         RuntimeError: The weight is not loaded.
     """
-    base = layer.get_base_layer()
-    own_module = own_copy(base) if sharing.module else None
+    now = Place.now(layer)
+    own_module = own_copy(now.base) if sharing.module else None
     with pinned_numerics():
         if layer.quantization_backend is not None:
             merged, record, write = quantised.prepare(layer, names, parts, keep, own_module)
-            _check_finite(merged, names, safe)
+            _check_finite(merged, now.parameter, names, safe)
             return record, write
-        if base.weight.device.type == "meta":
-            raise RuntimeError("this layer can't be merged: its base weight is not loaded (meta device).")
-        merged, record = _merged(layer, names, parts, keep, shared=bool(sharing))
-        _check_finite(merged, names, safe)
+        if now.parameter.device.type == "meta":
+            raise RuntimeError("this layer cannot be merged: its base weight is not loaded (meta device).")
+        values, record = _merged(now, names, parts, keep, shared=bool(sharing))
+        _check_finite(values, now.parameter, names, safe)
+        place = now._replace(values=values)
         if sharing:
-            parameter = nn.Parameter(merged, requires_grad=base.weight.requires_grad)
-            place = Place(own_module or base, parameter, parameter)
-        else:
-            place = Place(base, base.weight, merged)
+            # A new parameter, with the memory layout of the old one (`channels_last`, say).
+            parameter = nn.Parameter(torch.empty_like(now.parameter).copy_(values), now.parameter.requires_grad)
+            base = own_module or now.base
+            owner = base if now.ref.owner is now.base else now.ref.owner
+            place = Place(base, now.ref._replace(owner=owner), parameter, parameter)
         return record, lambda: place.put_back(layer)
 
 
-def _merged(
-    layer: BaseTunerLayer, names: list[str], parts: list[Part], keep: bool, shared: bool
-) -> tuple[Tensor, MergeRecord]:
-    """Return `weight + Δ`, rounded once, and the way back."""
-    now = Place.now(layer)
-    weight = now.parameter
-    merged = torch.empty_like(weight)
-    window, merged_rows = (window_of(tensor, layer.fan_in_fan_out) for tensor in (weight, merged))
-    merged_rows = merged_rows.rows
-    way_back = DenseRecord.start(names, weight, parts) if keep and not shared else None
-    kept = parts if way_back is None else way_back.parts
+def _merged(now: Place, names: list[str], parts: list[Part], keep: bool, shared: bool) -> tuple[Tensor, MergeRecord]:
+    """Return `weight + Δ`, rounded once, and the record that undoes it."""
+    window = now.window
+    merged = torch.empty_like(window.rows)
+    record = DenseRecord.start(names, now.parameter, parts) if keep and not shared else None
+    kept = parts if record is None else record.parts
     same = all(a.factors.A.dtype == b.factors.A.dtype for a, b in zip(kept, parts, strict=True))
     # An undo computes these products again, so their operands need the same memory layout.
     parts = kept if same else parts
-    scratch, whole, before, after = Scratch(window, parts), way_back is not None, [], []
+    scratch, whole, before, after = Scratch(window, parts), record is not None, [], []
     kept_scratch = scratch if sum_dtype(window.rows, kept) == scratch.dtype else Scratch(window, kept)
     for start, stop in chunks(window.rows):
-        original, chunk = window.rows[start:stop].contiguous(), merged_rows[start:stop]
+        original, chunk = window.rows[start:stop].contiguous(), merged[start:stop]
         update = scratch.delta(parts, start, stop)
         chunk.copy_(scratch.sum(original, update))
         before.append(digest(original))
         after.append(digest(chunk))
-        if way_back is not None and whole:
+        if record is not None and whole:
             kept_update = update if same else kept_scratch.delta(kept, start, stop)
-            way_back.note(original, kept_scratch.unrounded(chunk, kept_update))
-            whole = way_back.nbytes < window.rows.nbytes
-    fingerprints = as_integers(before), as_integers(after)
-    if way_back is not None and whole:
-        way_back.before, way_back.after = fingerprints
-        return merged, way_back
+            record.note(original, kept_scratch.unrounded(chunk, kept_update))
+            whole = record.nbytes < window.rows.nbytes
+    values, fingerprints = now.ref.stored(merged), (as_integers(before), as_integers(after))
+    if record is not None and whole:
+        record.before, record.after = fingerprints
+        return values, record
     if not keep:
-        return merged, ForgottenRecord(names, *fingerprints)
+        return values, ForgottenRecord(names, *fingerprints)
     if shared:
-        return merged, SharedRecord(names, *fingerprints, now)
-    return merged, CopyRecord(names, *fingerprints, local(weight).clone())
+        return values, SharedRecord(names, *fingerprints, now)
+    return values, CopyRecord(names, *fingerprints, local(now.parameter).clone())
 
 
-def _check_finite(merged: Tensor, names: list[str], safe: bool) -> None:
-    if safe and not agreed(bool(torch.isfinite(local(merged)).all()), merged):
+def _check_finite(merged: Tensor, weight: Tensor | None, names: list[str], safe: bool) -> None:
+    if safe and not agreed(bool(torch.isfinite(merged).all()), weight):
         raise ValueError(
             f"the merged weight must be finite; merging {', '.join(map(repr, names))} gives non-finite values. "
             "Nothing was merged."

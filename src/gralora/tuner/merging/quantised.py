@@ -1,4 +1,4 @@
-"""Merging into packed weights: dequantise, merge, quantise again, and the way back to the packed original."""
+"""Merging into packed weights: dequantise, merge, quantise again; an undo restores the packed original."""
 
 from collections.abc import Callable
 from copy import copy
@@ -6,16 +6,34 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.quantization_utils import QuantizationBackend
+from peft.utils.quantization_utils import (
+    ForwardOnlyQuantizationBackend,
+    QuantizationBackend,
+    resolve_quantization_backend,
+)
 from torch import Tensor, nn
 
 from gralora.tuner.merging.dense_update import Part, delta, sum_dtype
-from gralora.tuner.merging.records import ForgottenRecord, MergeRecord, Place
+from gralora.tuner.merging.records import ForgottenRecord, MergeRecord
 from gralora.tuner.merging.rows import as_integers, digest
+from gralora.tuner.merging.weight import Place
+
+
+def backend_of(module: nn.Module, **quantization: Any) -> QuantizationBackend | None:
+    """Return PEFT's quantisation backend of a module, or None for a plain one.
+
+    Args:
+        module: Layer of a base model.
+        **quantization: What PEFT's `get_quantization_kwargs` found in the model.
+    """
+    try:
+        return resolve_quantization_backend(module, **quantization)
+    except ValueError:  # torchao without transformers' quantizer, whose recipe a merge would need
+        return ForwardOnlyQuantizationBackend("torchao")
 
 
 class PackedPlace(NamedTuple):
-    """A packed weight: its module, parameters, and the attributes that a backend overwrites."""
+    """A packed weight at one time: its module, parameters, and the attributes that a backend overwrites."""
 
     base: nn.Module
     parameters: dict[str, nn.Parameter | None]
@@ -37,6 +55,14 @@ class PackedPlace(NamedTuple):
         """The packed weight, where it is a parameter."""
         return self.parameters.get("weight")
 
+    def fingerprint(self) -> tuple[int, ...]:
+        """Return hashes of the bits of the packed weight, the same before and after bitsandbytes repacks it."""
+        weight = self.parameters.get("W_q", self.weight)
+        weight = packed_weight(self.base) if weight is None else weight
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            return as_integers([digest(_unpacked_for_cpu(weight)[0].detach())])
+        return as_integers([digest(tensor.detach()) for tensor in _plain_tensors(weight)])
+
     def put_back(self, layer: BaseTunerLayer) -> None:
         """Make this the weight of `layer`, the same objects with the same bits. Doing it again changes nothing."""
         for owner, attributes in self.attributes:
@@ -48,7 +74,7 @@ class PackedPlace(NamedTuple):
 
 @dataclass
 class PackedRecord(MergeRecord):
-    """The packed original, and what was merged."""
+    """The packed original, and what was merged, to be merged again after `.to`."""
 
     original: PackedPlace
     parts: list[Part]
@@ -60,29 +86,31 @@ class PackedRecord(MergeRecord):
         weight = self.original.weight
         return sum(tensor.nbytes for tensor in factors) + (0 if weight is None else weight.nbytes)
 
-    def _recover(self, layer: BaseTunerLayer, place: Place) -> Any:
+    def _recover(self, place: Place) -> Any:
         return self.original
 
 
 def prepare(
     layer: BaseTunerLayer, names: list[str], parts: list[Part], keep: bool, own_module: nn.Module | None
 ) -> tuple[Tensor, MergeRecord, Callable[[], None]]:
-    """Return the merged weight, its record, and what writes it; nothing has changed yet.
+    """Return the merged weight, its record, and a function that writes it; nothing has changed yet.
 
     Args:
         layer: Tuner layer with a `quantization_backend` that can write.
-        names: The adapters.
-        parts: Their factors and scales.
-        keep: Keep the packed original.
-        own_module: What becomes the base, where others call the one that is.
+        names: Names of the adapters.
+        parts: Factors and scales of the adapters.
+        keep: Keep the packed original, for an unmerge.
+        own_module: Module that becomes the base, where other parts of the model call the present one.
     """
     backend: Any = layer.quantization_backend
     if own_module is not None and "state" in own_module.__dict__:
-        own_module.__dict__["state"] = copy(own_module.__dict__["state"])  # bitsandbytes' 8-bit weight lies there, too
+        own_module.__dict__["state"] = copy(
+            own_module.__dict__["state"]
+        )  # bitsandbytes keeps its 8-bit weight there, too
     dense = dequantised(layer)
     exact = delta(parts, sum_dtype(dense, parts)).to(dense.device).add_(dense)
     merged, original = exact.to(dense.dtype), PackedPlace.now(layer)
-    before = packed_fingerprint(original.base)
+    before = original.fingerprint()
     record = (
         PackedRecord(names, before, before, original, [part.kept() for part in parts])
         if keep
@@ -94,7 +122,7 @@ def prepare(
             if own_module is not None:
                 layer._modules["base_layer"] = own_module
             backend.set_base_weight(layer, merged)
-            record.after = packed_fingerprint(layer.get_base_layer())
+            record.after = PackedPlace.now(layer).fingerprint()
         except BaseException:
             original.put_back(layer)
             raise
@@ -111,17 +139,9 @@ def dequantised(layer: BaseTunerLayer) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     absmax = state.absmax.T.reshape(-1).float()
-    data, unpacked = _unpacked_for_cpu(base)
+    data, unpacked = _unpacked_for_cpu(base.weight)
     unpacked.absmax = absmax
     return dequantize_4bit(data, unpacked)
-
-
-def packed_fingerprint(base: nn.Module) -> tuple[int, ...]:
-    """Return the digests of the packed weight of `base`, the same before and after bitsandbytes repacks it."""
-    weight = packed_weight(base)
-    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
-        return as_integers([digest(_unpacked_for_cpu(base)[0].detach())])
-    return as_integers([digest(tensor.detach()) for tensor in _plain_tensors(weight)])
 
 
 def packed_weight(base: Any) -> Any:
@@ -135,11 +155,11 @@ def _plain_tensors(tensor: Any) -> list[Tensor]:
     return [plain for name in tensor.__tensor_flatten__()[0] for plain in _plain_tensors(getattr(tensor, name))]
 
 
-def _unpacked_for_cpu(base: Any) -> tuple[Tensor, Any]:
+def _unpacked_for_cpu(weight: Any) -> tuple[Tensor, Any]:
     # On a CPU with AVX512-BF16, bitsandbytes repacks a 4-bit weight at its first use for inference, and
     # `dequantize_4bit` reads the new format as the old one. Its own inverse works in place: on copies, then.
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
-    state = copy(base.weight.quant_state)
+    state = copy(weight.quant_state)
     state.original_nested = False
-    return _convert_weight_packed_for_cpu_inverse(base.weight.data.clone(), state)
+    return _convert_weight_packed_for_cpu_inverse(weight.data.clone(), state)

@@ -1,24 +1,24 @@
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """How a merge is undone so that every bit comes back, and what sees to it that nothing else does.
 
 `W' = round(W + Δ)` loses bits of W. Most of them are found again in `round(W' - Δ)`; a record keeps the
 elements where that differs from W, as gaps and values, beside a copy of the factors that Δ comes from.
 It never reads the live adapter, which may have changed by the time of the unmerge.
 
-Whatever the kind of record, an undo works out everything first, refuses if the weight is not the one that the
-merge left, and then writes.
+Every kind of record computes an undo completely first, refuses if the weight is not the one that the merge left,
+and then writes.
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from jaxtyping import UInt8
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import Tensor
 
 from gralora.tuner import numerics
 from gralora.tuner.merging.dense_update import Part, Scratch
-from gralora.tuner.merging.rows import as_integers, bits, chunks, digest, local, overwrite, window_of
+from gralora.tuner.merging.rows import as_integers, bits, chunks, digest, local
+from gralora.tuner.merging.weight import Place
 
 # A correction is forced every so many elements, so that each gap between two fits a byte.
 _GAP = 255
@@ -27,35 +27,12 @@ CHANGED = "the base weight was changed while it was merged"
 _LARGE_FACTORS = 0.1
 
 
-class Place(NamedTuple):
-    """A base weight at one point of its history: the module and the parameter that hold it, and its values."""
-
-    base: nn.Module
-    parameter: nn.Parameter
-    values: Tensor  # the parameter itself where nothing has to be written to it
-
-    @classmethod
-    def now(cls, layer: BaseTunerLayer) -> "Place":
-        """Return where the weight of `layer` is."""
-        base = layer.get_base_layer()
-        weight = getattr(base, "weight", None)  # some packed formats have none
-        return cls(base, weight, weight)
-
-    def put_back(self, layer: BaseTunerLayer) -> None:
-        """Make this the weight of `layer`. Doing it again changes nothing."""
-        if self.values is not self.parameter:
-            overwrite(self.parameter, self.values)
-        # Straight into the dictionaries: one step each, which no interrupt can divide.
-        self.base._parameters["weight"] = self.parameter
-        layer._modules["base_layer"] = self.base
-
-
 @dataclass
 class MergeRecord:
     """How to undo one merge.
 
     Attributes:
-        adapter_names: What was merged.
+        adapter_names: Names of the merged adapters.
         before: Fingerprint of the weight before the merge.
         after: Fingerprint of the weight that the merge left.
     """
@@ -66,47 +43,45 @@ class MergeRecord:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held for the way back."""
+        """Bytes that the record holds."""
         return 0
 
-    def recover(self, layer: BaseTunerLayer, place: Place) -> Place:
+    def recover(self, place: Place) -> Place:
         """Return the weight from before this merge; nothing changes.
 
         Args:
-            layer: The tuner layer, for how its weight is stored.
             place: The weight that this merge left.
 
         Raises:
             RuntimeError: `place` holds another weight, or nothing was kept.
         """
-        found = layer.fingerprint(place)
+        found = place.fingerprint()
         if found == self.after:
-            return self._recover(layer, place)
+            return self._recover(place)
         if found == self.before:  # an undo or a merge that was interrupted came this far
             return place
         raise self.changed()
 
-    def _recover(self, layer: BaseTunerLayer, place: Place) -> Place:
+    def _recover(self, place: Place) -> Place:
         raise NotImplementedError
 
-    def obstacle(self, layer: BaseTunerLayer, place: Place) -> str | None:
-        """Return why an undo would fail, for what can be found at the price of reading the weight, or None."""
-        found = layer.fingerprint(place)
+    def undo_refusal(self, place: Place) -> str | None:
+        """Return why an undo would fail, as far as reading the weight can show, or None."""
+        found = place.fingerprint()
         return None if found in (self.before, self.after) else str(self.changed())
 
     def changed(self) -> RuntimeError:
-        """Return the error that says that the weight was changed from outside."""
-        return RuntimeError(f"the merge of {self._named()} can't be undone: {CHANGED}. Load the base model again.")
+        """Return the error for a weight that was changed from outside."""
+        return RuntimeError(f"the merge of {self._named()} cannot be undone: {CHANGED}. Load the base model again.")
 
-    def portable(self, layer: BaseTunerLayer, earlier: Place) -> "MergeRecord":
+    def portable(self, earlier: Place) -> "MergeRecord":
         """Return a record that another process can undo; `earlier` is what `recover` gives."""
         return self
 
-    def converted(self, layer: BaseTunerLayer, earlier: Place, now: Place) -> "MergeRecord":
+    def converted(self, earlier: Place, now: Place) -> "MergeRecord":
         """Return the record of the same merge after `.to` and its kin.
 
         Args:
-            layer: The tuner layer.
             earlier: The weight from before the merge, converted.
             now: The weight that the merge left, converted.
         """
@@ -118,35 +93,35 @@ class MergeRecord:
 
 @dataclass
 class ForgottenRecord(MergeRecord):
-    """A merge that has no way back."""
+    """A merge that cannot be undone."""
 
     reason: str = "it was made with `keep_base=False`"
 
-    def recover(self, layer: BaseTunerLayer, place: Place) -> Place:
+    def recover(self, place: Place) -> Place:
         """Refuse.
 
         Raises:
             RuntimeError: Always.
         """
-        raise RuntimeError(self.obstacle(layer, place))
+        raise RuntimeError(self.undo_refusal(place))
 
-    def obstacle(self, layer: BaseTunerLayer, place: Place) -> str:
-        """Return why there is none."""
-        return f"the merge of {self._named()} can't be undone: {self.reason}. Load the base model again."
+    def undo_refusal(self, place: Place) -> str:
+        """Return why the merge cannot be undone."""
+        return f"the merge of {self._named()} cannot be undone: {self.reason}. Load the base model again."
 
 
 @dataclass
 class SharedRecord(MergeRecord):
-    """The weight that other modules hold too, which the merge left alone."""
+    """The original weight, which other modules hold too and the merge did not change."""
 
     original: Place
 
-    def _recover(self, layer: BaseTunerLayer, place: Place) -> Place:
+    def _recover(self, place: Place) -> Place:
         return self.original
 
-    def converted(self, layer: BaseTunerLayer, earlier: Place, now: Place) -> MergeRecord:
+    def converted(self, earlier: Place, now: Place) -> MergeRecord:
         """Return the record with fingerprints of the converted weights."""
-        return SharedRecord(self.adapter_names, layer.fingerprint(earlier), layer.fingerprint(now), self.original)
+        return SharedRecord(self.adapter_names, earlier.fingerprint(), now.fingerprint(), self.original)
 
 
 @dataclass
@@ -156,35 +131,35 @@ class CopyRecord(MergeRecord):
     original: Tensor
 
     @classmethod
-    def between(cls, names: list[str], layer: BaseTunerLayer, earlier: Place, now: Place) -> "CopyRecord":
+    def between(cls, names: list[str], earlier: Place, now: Place) -> "CopyRecord":
         """Return the record of a merge that led from `earlier` to `now`."""
-        return cls(names, layer.fingerprint(earlier), layer.fingerprint(now), local(earlier.values).clone())
+        return cls(names, earlier.fingerprint(), now.fingerprint(), local(earlier.values).clone())
 
     @property
     def nbytes(self) -> int:
         """Bytes of the copy."""
         return self.original.nbytes
 
-    def _recover(self, layer: BaseTunerLayer, place: Place) -> Place:
+    def _recover(self, place: Place) -> Place:
         return place._replace(values=self.original)
 
-    def converted(self, layer: BaseTunerLayer, earlier: Place, now: Place) -> MergeRecord:
+    def converted(self, earlier: Place, now: Place) -> MergeRecord:
         """Return the record with the converted original."""
-        return CopyRecord.between(self.adapter_names, layer, earlier, now)
+        return CopyRecord.between(self.adapter_names, earlier, now)
 
 
 @dataclass
 class DenseRecord(MergeRecord):
-    """Factors and corrections, by chunk of rows; see the module's text."""
+    """Factors and corrections, by chunks of rows; see the module's docstring."""
 
     parts: list[Part]
     gaps: list[UInt8[Tensor, " corrections"]] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
-    environment: tuple[int | str | bool, ...] = field(default_factory=numerics.environment)
+    environment: tuple[int, str, bool] = field(default_factory=numerics.environment)
 
     @classmethod
     def start(cls, names: list[str], weight: Tensor, parts: list[Part]) -> "DenseRecord":
-        """Return a record without corrections and fingerprints, which come chunk by chunk, and at the end."""
+        """Return a record without corrections and fingerprints, which are added chunk by chunk and at the end."""
         here = local(weight)
         factors = sum(tensor.nbytes for part in parts for tensor in part.factors if tensor is not None)
         # Rounded factors cost more corrections and products, and are worth it where the factors are large.
@@ -205,26 +180,25 @@ class DenseRecord(MergeRecord):
         factors = (tensor for part in self.parts for tensor in part.factors if tensor is not None)
         return sum(tensor.nbytes for tensor in (*factors, *self.gaps, *self.values))
 
-    def obstacle(self, layer: BaseTunerLayer, place: Place) -> str | None:
-        """Return why an undo would fail, or None; the products are only made anew where they may differ by now."""
-        if obstacle := super().obstacle(layer, place):
-            return obstacle
+    def undo_refusal(self, place: Place) -> str | None:
+        """Return why an undo would fail, or None; the products are only recomputed where they may have changed."""
+        if refusal := super().undo_refusal(place):
+            return refusal
         if self.environment == numerics.environment():
             return None
         try:
-            self.recover(layer, place)
+            self.recover(place)
         except RuntimeError as error:
             return str(error)
         return None
 
-    def _recover(self, layer: BaseTunerLayer, place: Place) -> Place:
-        window = window_of(place.values, layer.fan_in_fan_out)
-        original = torch.empty_like(place.values.detach())
-        original_rows = window_of(original, layer.fan_in_fan_out).rows
+    def _recover(self, place: Place) -> Place:
+        window = place.window
+        original = torch.empty_like(window.rows)
         scratch = Scratch(window, self.parts)
         for number, (start, stop) in enumerate(chunks(window.rows)):
             merged = window.rows[start:stop]
-            # The number of threads may change the order of a sum, the machine's own choice not: pin it.
+            # The number of threads may change the order of a sum, so it is pinned.
             for threads in (self.environment[0], 1):
                 with numerics.pinned_numerics(threads):
                     chunk = scratch.unrounded(merged, scratch.delta(self.parts, start, stop))
@@ -234,17 +208,16 @@ class DenseRecord(MergeRecord):
                         break
             else:
                 raise self.changed()
-            original_rows[start:stop] = chunk
-        return place._replace(values=original)
+            original[start:stop] = chunk
+        return place._replace(values=place.ref.stored(original))
 
-    def portable(self, layer: BaseTunerLayer, earlier: Place) -> MergeRecord:
+    def portable(self, earlier: Place) -> MergeRecord:
         """Return a copy record, since another machine's products may round differently."""
         return CopyRecord(self.adapter_names, self.before, self.after, local(earlier.values).clone())
 
-    def converted(self, layer: BaseTunerLayer, earlier: Place, now: Place) -> MergeRecord:
+    def converted(self, earlier: Place, now: Place) -> MergeRecord:
         """Return a record that finds the converted original in the converted weight."""
-        window = window_of(now.values, layer.fan_in_fan_out)
-        original_rows = window_of(earlier.values, layer.fan_in_fan_out).rows
+        window, original_rows = now.window, earlier.window.rows
         parts = [part.kept(device=window.rows.device) for part in self.parts]
         record = DenseRecord(self.adapter_names, (), (), parts)
         scratch, before, after = Scratch(window, parts), [], []
@@ -257,4 +230,4 @@ class DenseRecord(MergeRecord):
                 after.append(digest(merged))
             record.before, record.after = as_integers(before), as_integers(after)
         whole = record.nbytes < window.rows.nbytes
-        return record if whole else CopyRecord.between(self.adapter_names, layer, earlier, now)
+        return record if whole else CopyRecord.between(self.adapter_names, earlier, now)

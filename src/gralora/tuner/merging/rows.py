@@ -1,4 +1,4 @@
-"""The rows of a weight that this process holds: as a matrix, in chunks, by their bits."""
+"""Rows of a weight: the ones that this process holds, in chunks, and hashes of their bits."""
 
 import functools
 from typing import NamedTuple
@@ -8,28 +8,17 @@ from jaxtyping import Shaped
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-# Elements of a weight that are worked on at a time; what a merge or an unmerge allocates beside its result.
+# Elements of a weight in one chunk, which bounds the memory of a merge or an unmerge beside its result.
 CHUNK = 1 << 20
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Window(NamedTuple):
-    """What this process holds of a weight, as `[out, in]`, a view: all of it, or under FSDP2 a shard."""
+    """The part of a weight `[out, in]` that this process holds: all of it, or under FSDP2 a shard."""
 
     rows: Tensor
     first_row: int
     first_column: int
-
-
-def window_of(weight: Tensor, fan_in_fan_out: bool) -> Window:
-    """Return the rows of `weight` that are here, and where they begin in the whole."""
-    first = (0, 0)
-    if isinstance(weight, DTensor):
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-        _, first = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
-    here = local(weight)
-    return Window(here.T, first[1], first[0]) if fan_in_fan_out else Window(here, *first)
 
 
 def local(weight: Tensor) -> Tensor:
@@ -39,7 +28,7 @@ def local(weight: Tensor) -> Tensor:
 
 
 def overwrite(weight: Tensor, values: Tensor) -> None:
-    """Copy `values` into the memory of `weight`, one that was made in inference mode too."""
+    """Copy `values` into the memory of `weight`, which may have been made in inference mode."""
     with torch.inference_mode(weight.is_inference()), torch.no_grad():
         local(weight).copy_(local(values))
 
@@ -64,8 +53,8 @@ def digest(chunk: Shaped[Tensor, "..."]) -> Tensor:
     """Return a hash of the bits of `chunk`, a scalar on its device.
 
     The sum over its words of at most 32 bits, each times an odd random number of 64, modulo 2^64 (multilinear
-    hashing). One changed word always changes it: an odd number times a difference below 2^32 is no multiple
-    of 2^64. Any other change goes unseen with a probability of at most 2^-31.
+    hashing). One changed word always changes the hash: an odd number times a difference below 2^32 is no
+    multiple of 2^64. Any other change is missed with a probability of at most 2^-31.
     """
     flat = chunk.contiguous().view(-1)
     if flat.storage_offset() * flat.itemsize % 4:

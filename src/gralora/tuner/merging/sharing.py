@@ -1,4 +1,4 @@
-"""Which base weights somebody else in the model holds too: by their bytes in memory, over every path."""
+"""Detection of base weights that other parts of the model hold too, by their bytes in memory."""
 
 import sys
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from gralora.tuner.merging.rows import local
 
 
 class Sharing(NamedTuple):
-    """What of an adapted layer's base others hold."""
+    """What other parts of the model hold of an adapted layer's base."""
 
     weight: bool = False  # its memory, whole or in part
     module: bool = False  # the module itself
@@ -33,13 +33,14 @@ class _Holder(NamedTuple):
 
 
 def sharing_in(root: nn.Module, layers: list[nn.Module]) -> dict[nn.Module, Sharing]:
-    """Return for every layer of `layers` what of its base weight other parts of `root` hold.
+    """Return for every layer of `layers` what other parts of `root` hold of its base weight.
 
-    Seen are parameters, buffers and tensors that are attributes of any module, whatever they are called and however
-    they were tied, what accelerate offloads to the CPU, and what the records of merges keep. What lies elsewhere, in
-    another model, a list or a variable, is not seen.
+    The search covers parameters, buffers and tensor attributes of all modules, whatever their names and however they
+    were tied, weights that accelerate offloads to the CPU, and weights kept in the records of merges. It does not
+    cover other models, lists and variables.
     """
     bases = {id(layer.base_layer): layer for layer in layers}
+    weights = {layer: layer.weight_ref() for layer in layers}
     called_elsewhere = {
         id(child)
         for module in root.modules()
@@ -49,32 +50,39 @@ def sharing_in(root: nn.Module, layers: list[nn.Module]) -> dict[nn.Module, Shar
     holders = sorted(_holders(root))
     shared = _overlapping(holders) | _same_object(root)
     return {
-        layer: Sharing((id(layer.base_layer), "weight") in shared, id(layer.base_layer) in called_elsewhere)
-        for layer in layers
+        layer: Sharing((id(ref.owner), ref.name) in shared, id(layer.base_layer) in called_elsewhere)
+        for layer, ref in weights.items()
     }
 
 
 def is_alone(layer: Any) -> bool:
-    """Return whether nothing in this process but `layer` holds its base or the base's weight. False if in doubt.
+    """Return whether nothing in this process but `layer` holds its base or the base's weight; False if in doubt.
 
-    A quick answer, where looking at the whole model for each layer would take long.
+    Quick, where searching the whole model for each layer would take long.
     """
-    plain = type(layer._modules["base_layer"]._parameters.get("weight")) is nn.Parameter
-    return plain and all(found <= alone for found, alone in zip(_references(layer), _ALONE, strict=True))
+    in_base, name = _whether_in_base_and_name(layer)
+    plain = in_base and type(layer._modules["base_layer"]._parameters.get(name)) is nn.Parameter
+    return plain and all(found <= alone for found, alone in zip(_references(layer, name), _ALONE, strict=True))
 
 
-def _references(layer: Any) -> tuple[int, int, int]:
+def _whether_in_base_and_name(layer: Any) -> tuple[bool, str]:
+    # A function of its own, so that no reference to the base is left when references are counted.
+    ref = layer.weight_ref()
+    return ref.owner is layer._modules["base_layer"], ref.name
+
+
+def _references(layer: Any, name: str) -> tuple[int, int, int]:
     """Return how many references there are to the base, to its weight, and to the weight's memory."""
     weight_of = layer._modules["base_layer"]._parameters
     return (
         sys.getrefcount(layer._modules["base_layer"]),
-        sys.getrefcount(weight_of["weight"]),
-        torch._C._storage_Use_Count(weight_of["weight"].untyped_storage()._cdata),
+        sys.getrefcount(weight_of[name]),
+        torch._C._storage_Use_Count(weight_of[name].untyped_storage()._cdata),
     )
 
 
 def own_copy(module: nn.Module) -> nn.Module:
-    """Return a module with the same tensors and submodules, whose entries can be changed apart."""
+    """Return a shallow copy of a module, whose entries can be changed without changing the original."""
     twin = copy(module)
     for name, value in module.__dict__.items():
         if isinstance(value, dict):
@@ -82,9 +90,10 @@ def own_copy(module: nn.Module) -> nn.Module:
     return twin
 
 
+# Counted once, on a layer that nothing else knows: the number depends on the versions of Python and torch.
 _example = nn.Module()
 _example.base_layer = nn.Linear(1, 1, bias=False)
-_ALONE = _references(_example)
+_ALONE = _references(_example, "weight")
 
 
 def _tensors(root: nn.Module) -> Iterator[tuple[int, str, Tensor]]:
@@ -103,7 +112,7 @@ def _tensors(root: nn.Module) -> Iterator[tuple[int, str, Tensor]]:
 
 
 def _offloaded(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors in CPU memory that accelerate puts into the place of a module's when it is called."""
+    """Yield the tensors in CPU memory that accelerate loads into a module when it is called."""
     weights: Any = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
     prefix = getattr(weights, "prefix", "")
     weights = getattr(weights, "dataset", weights)
@@ -126,7 +135,7 @@ def _holders(root: nn.Module) -> Iterator[_Holder]:
 
 
 def _overlapping(holders: list[_Holder]) -> set[tuple[int, str]]:
-    """Return the owner and name of every holder whose bytes another one holds too; `holders` are sorted."""
+    """Return the owner and name of every holder whose bytes another one holds too; `holders` must be sorted."""
     shared: set[tuple[int, str]] = set()
     furthest: dict[str, _Holder] = {}
     for holder in holders:
@@ -139,7 +148,7 @@ def _overlapping(holders: list[_Holder]) -> set[tuple[int, str]]:
 
 
 def _same_object(root: nn.Module) -> set[tuple[int, str]]:
-    """Return the owner and name of every tensor that is held twice: some on meta have no memory to compare."""
+    """Return the owner and name of every tensor object that is held twice; on meta there is no memory to compare."""
     seen: dict[int, list[tuple[int, str]]] = {}
     for owner, name, tensor in _tensors(root):
         seen.setdefault(id(tensor), []).append((owner, name))

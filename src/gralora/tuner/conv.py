@@ -1,0 +1,95 @@
+"""GraLoRA on convolutions without groups: the blocks are blocks of channels.
+
+The weight `[out, in, *kernel]`, flattened to `[out, in * prod(kernel)]`, is channel-major, so a block of its
+columns is a block of input channels with the whole kernel. The update is then two convolutions: with `k` groups
+from the channel blocks to the rank, and with `k` groups and a kernel of one from the rank to the output blocks.
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.utils.quantization_utils import QuantizationBackend
+from torch import Tensor, nn
+
+from gralora.tuner import blocks
+from gralora.tuner.layer import GraloraLayer
+from gralora.tuner.merging.weight import WeightRef
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_FUNCTIONS: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}  # by the dimensions of the kernel
+
+
+class Conv(GraloraLayer):
+    """GraLoRA on `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` without groups.
+
+    Parameters as LoRA's at rank r: `gralora_A` is `[k, in/k * prod(kernel), r]`, `gralora_B` is `[k, r, out/k]`.
+    """
+
+    noun = "convolutions (nn.Conv1d, nn.Conv2d, nn.Conv3d)"
+
+    @classmethod
+    def covers(cls, base: nn.Module, backend: QuantizationBackend | None) -> bool:
+        """Return whether `base` is a convolution that is not transposed."""
+        return backend is None and isinstance(base, _CONVOLUTIONS)
+
+    @classmethod
+    def refusal(cls, base: Any) -> str | None:
+        """Return why a convolution cannot be adapted, or None."""
+        if base.groups > 1:
+            return f"a convolution must have groups=1; got groups={base.groups}."
+        if type(base).forward not in {kind.forward for kind in _CONVOLUTIONS}:
+            return f"a convolution must have PyTorch's own `forward`; {type(base).__name__} has another one."
+        return None
+
+    @classmethod
+    def features(cls, base: Any) -> tuple[int, int]:
+        """Return the widths of the weight as a matrix `[out, in * prod(kernel)]`."""
+        return base.in_channels * math.prod(base.kernel_size), base.out_channels
+
+    def weight_ref(self) -> WeightRef:
+        """Return where the weight is; as a matrix it is `[out, in * prod(kernel)]`."""
+        base: Any = self.get_base_layer()
+        kernel = base.in_channels, *base.kernel_size
+        return WeightRef(base, matrix=partial(torch.flatten, start_dim=1), stored=partial(_unflatten, kernel=kernel))
+
+    def update(self, x: Tensor, factors: blocks.Factors) -> Tensor:
+        """Return the adapter's output `[batch, out, *spatial]`, without `batch` where `x` has none."""
+        base: Any = self.get_base_layer()
+        A, B, A_general, B_general = factors
+        k = factors.k
+        if base.in_channels % k:  # a block may end inside a channel: then as one convolution with ΔW
+            identity = torch.eye(self.in_features, dtype=x.dtype, device=x.device)
+            return _convolve(base, x, blocks.apply(identity, factors, 1.0).T, groups=1)
+        middle = _exchange(_convolve(base, x, A.mT.flatten(0, 1), groups=k), k, -1 - len(base.kernel_size))
+        update = _pointwise(base, middle, B.mT.flatten(0, 1), groups=k)
+        if A_general is None or B_general is None:
+            return update
+        return update + _pointwise(base, _convolve(base, x, A_general, groups=1), B_general, groups=1)
+
+
+def _convolve(base: Any, x: Tensor, rows: Tensor, groups: int) -> Tensor:
+    """Return the convolution of `x` as `base` does it, by the kernels in `rows`, without bias."""
+    weight = _unflatten(rows, (base.in_channels // groups, *base.kernel_size))
+    padding = base.padding
+    if base.padding_mode != "zeros":
+        x, padding = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode), 0
+    return _FUNCTIONS[len(base.kernel_size)](x, weight, None, base.stride, padding, base.dilation, groups)
+
+
+def _pointwise(base: Any, x: Tensor, rows: Tensor, groups: int) -> Tensor:
+    """Return the convolution of `x` with kernels of one element."""
+    size = len(base.kernel_size)
+    return _FUNCTIONS[size](x, _unflatten(rows, (rows.shape[1], *(1,) * size)), groups=groups)
+
+
+def _exchange(middle: Tensor, k: int, channels: int) -> Tensor:
+    """Swap the block index with the block inside the rank: channels `(j i s)` become `(i j s)`."""
+    split = middle.unflatten(channels, (k, k, -1))
+    return split.transpose(channels - 2, channels - 1).flatten(channels - 2, channels)
+
+
+def _unflatten(rows: Tensor, kernel: tuple[int, ...]) -> Tensor:
+    return rows.unflatten(1, kernel)

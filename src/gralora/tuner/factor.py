@@ -1,0 +1,51 @@
+"""The holders of an adapter's parameters."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Factor(nn.Module):
+    """Holder of one tensor, which calling it returns.
+
+    A parameter inside a module that is called meets the hooks of accelerate and FSDP, and its name,
+    `….gralora_A.default.weight`, is one that TRL finds when it copies an adapter.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self) -> Tensor:
+        """Return the tensor."""
+        weight = self.weight
+        # PEFT's FSDP1 policy makes this a unit of its own, whose weight is a view of memory that is freed on return.
+        return weight if type(weight) is nn.Parameter else weight.clone()
+
+
+class FactorDict(nn.ModuleDict):
+    """Adapter name to parameter, stored as `Factor` modules.
+
+    `factors["default"]` is the parameter itself; `items()` and `values()` give the holders, as PEFT
+    expects of a ModuleDict. Assigning a tensor gives a leaf that keeps the `requires_grad` of the
+    parameter it replaces.
+    """
+
+    def __getitem__(self, key: str) -> nn.Parameter:
+        return self._modules[key].weight
+
+    def __setitem__(self, key: str, value: Tensor | nn.Module) -> None:
+        if isinstance(value, nn.Module):
+            super().__setitem__(key, value)
+            return
+        requires_grad = self[key].requires_grad if key in self else value.requires_grad
+        if key not in self:
+            super().__setitem__(key, Factor(value.detach()))
+        self._modules[key].weight = nn.Parameter(value.detach(), requires_grad=requires_grad)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A state dict of PEFT's own tuner has `gralora_A.<name>` where ours has `gralora_A.<name>.weight`.
+        for name in self:
+            if prefix + name in state_dict:
+                state_dict[f"{prefix}{name}.weight"] = state_dict.pop(prefix + name)
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,24 @@
+"""The table of layer kinds, and which of them takes a module."""
+
+from peft.utils.quantization_utils import QuantizationBackend
+from torch import nn
+
+from gralora.tuner.conv import Conv
+from gralora.tuner.layer import GraloraLayer
+from gralora.tuner.linear import Conv1D, Linear
+
+KINDS: tuple[type[GraloraLayer], ...] = (Linear, Conv1D, Conv)
+
+
+def kind_for(base: nn.Module, backend: QuantizationBackend | None) -> type[GraloraLayer] | None:
+    """Return the kind of layer for `base`, or None where there is none."""
+    return next((kind for kind in KINDS if kind.covers(base, backend)), None)
+
+
+def kind_refusal(base: nn.Module, backend: QuantizationBackend | None) -> str | None:
+    """Return why no kind takes `base`, or None where one does."""
+    kind = kind_for(base, backend)
+    if kind is not None:
+        return kind.refusal(base)
+    nouns = [kind.noun for kind in KINDS]
+    return f"GraLoRA adapts {', '.join(nouns[:-1])} and {nouns[-1]}; got {type(base).__name__}."

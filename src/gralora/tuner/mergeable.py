@@ -1,0 +1,269 @@
+"""The base class of tuner layers that adapters can be merged into: the merges, and how each is undone."""
+
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.quantization_utils import QuantizationBackend
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from gralora.tuner.merging import merge
+from gralora.tuner.merging.dense_update import Part
+from gralora.tuner.merging.quantised import PackedPlace, PackedRecord, packed_weight
+from gralora.tuner.merging.records import CHANGED, ForgottenRecord, MergeRecord
+from gralora.tuner.merging.sharing import UNSHARED, Sharing, is_alone, sharing_in
+from gralora.tuner.merging.weight import Place, WeightRef
+
+
+class MergeableLayer(nn.Module, BaseTunerLayer):
+    """A tuner layer that knows what was merged into its base weight.
+
+    A subclass says where the weight is (`weight_ref`), which adapters there are (`has_adapter`) and what their
+    updates are (`part`).
+
+    Attributes:
+        base_layer: The frozen layer.
+        quantization_backend: PEFT's access to a quantised base, or None.
+    """
+
+    def __init__(self, base_layer: nn.Module, quantization_backend: QuantizationBackend | None = None) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.quantization_backend = quantization_backend
+        self._sharing = UNSHARED  # as found last, for a layer outside any model
+        self._model: weakref.ref[nn.Module] | None = None
+        self._merges: list[MergeRecord] = []
+
+    def weight_ref(self) -> WeightRef:
+        """Return where the base weight is, and how it reads as a matrix."""
+        return WeightRef(self.get_base_layer())
+
+    def has_adapter(self, adapter_name: str) -> bool:
+        """Return whether this layer has an adapter of that name."""
+        raise NotImplementedError
+
+    def part(self, adapter_name: str) -> Part:
+        """Return the factors and the scale of an adapter, as a merge takes them."""
+        raise NotImplementedError
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Names of the adapters that are merged into the base weight, in the order of merging."""
+        return [name for record in self._merges for name in record.adapter_names]
+
+    def rewrite_refusal(self) -> str | None:
+        """Return why the base weight can never be merged into, or None where it can."""
+        return merge.rewrite_refusal(self.weight_ref(), self.quantization_backend)
+
+    def merge_refusal(self, own_weights: bool = False) -> str | None:
+        """Return why no merge is possible at the moment, and the way out; None where one is."""
+        if refusal := self.rewrite_refusal():
+            return f"{refusal}. Training and inference still work."
+        return self._absence_refusal() or merge.separation_refusal(
+            self.get_base_layer(), self.weight_ref(), self._sharing, own_weights
+        )
+
+    def unmerge_refusal(self) -> str | None:
+        """Return why the merges cannot be undone, or None.
+
+        Reads the weight once; after several merges it computes their whole undo, and only does not write.
+        """
+        if not self._merges:
+            return None
+        if absence := self._absence_refusal():
+            return f"this layer cannot be unmerged: {absence}"
+        if len(self._merges) > 1 and (reason := self._history()[1]):
+            return self._no_way_back(reason).undo_refusal(self.place())
+        return self._merges[-1].undo_refusal(self.place())
+
+    def _absence_refusal(self) -> str | None:
+        if self.quantization_backend is not None:
+            return None
+        if self._merges and self.rewrite_refusal():
+            return f"{CHANGED}. Load the base model again."
+        return merge.absence_refusal(self.weight_ref())
+
+    def place(self) -> Place:
+        """Return where the base weight is now."""
+        return Place.now(self) if self.quantization_backend is None else cast(Any, PackedPlace.now(self))
+
+    def note_sharing(self, sharing: Sharing, model: nn.Module) -> None:
+        """Remember what other parts of `model` hold of the base."""
+        self._sharing, self._model = sharing, weakref.ref(model)
+
+    def merge(
+        self,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        keep_base: bool = True,
+        own_weights: bool = False,
+    ) -> None:
+        """Merge adapters into the base weight, all of them or none.
+
+        Args:
+            safe_merge: Refuse a result that is not finite.
+            adapter_names: Names of the adapters; the active ones by default. Merged ones are skipped.
+            keep_base: Keep what `unmerge` needs to give the base weight its bits back.
+            own_weights: Write to a new parameter. By default that is done only where another part of the model
+                holds the old one.
+
+        Raises:
+            ValueError: A non-finite result with `safe_merge`.
+            RuntimeError: The base weight cannot be read or rewritten.
+        """
+        if self._disable_adapters:
+            warnings.warn("The adapters are disabled: nothing is merged. Enable them first.", stacklevel=2)
+            return
+        model = None if self._model is None else self._model()
+        if is_alone(self):
+            self._sharing = UNSHARED
+        elif model is not None:
+            self._sharing = sharing_in(model, [self])[self]
+        elif not isinstance(self.weight_ref().parameter, DTensor):
+            self._sharing = self._sharing._replace(weight=True)  # unknown: assume that it is shared
+        self.merge_knowing_holders(safe_merge, adapter_names, keep_base, own_weights)
+
+    def merge_knowing_holders(
+        self, safe_merge: bool, adapter_names: list[str] | None, keep_base: bool = True, own_weights: bool = False
+    ) -> None:
+        """Merge like `merge`, enabled or not; `note_sharing` must have been called just before."""
+        wanted = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in dict.fromkeys(wanted) if self.has_adapter(name)]
+        if not names:
+            return
+        if refusal := self.merge_refusal(own_weights):
+            raise RuntimeError(f"this layer cannot be merged: {refusal}")
+        parts = [self.part(name) for name in names]
+        sharing = self._sharing._replace(weight=True) if own_weights else self._sharing
+        self._write_merge(*merge.prepare(self, names, parts, safe_merge, keep_base, sharing))
+
+    def _write_merge(self, record: MergeRecord, write: Callable[[], None]) -> None:
+        earlier = self._merges
+        final = isinstance(record, ForgottenRecord)
+        if final:  # what was merged before cannot be reached any more
+            record.adapter_names = [*self.merged_adapters, *record.adapter_names]
+        # The record first, so that no moment has a merged weight and no way back.
+        try:
+            self._merges = [record] if final else [*earlier, record]
+            write()
+        except BaseException:
+            if not final:
+                self.undo_merges(len(earlier))
+            elif self.place().fingerprint() != record.after:
+                self._merges = earlier
+            raise
+
+    def names_to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        """Return which of the named adapters, by default the active ones, this layer has and has not merged yet."""
+        wanted = self.active_adapters if adapter_names is None else adapter_names
+        return [name for name in wanted if self.has_adapter(name) and name not in self.merged_adapters]
+
+    def unmerge(self) -> None:
+        """Undo every merge, or none; the base weight gets its bits back.
+
+        Raises:
+            RuntimeError: The base weight is not here as a whole, or was changed since; nothing has changed then.
+        """
+        if not self._merges:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        self.undo_merges()
+
+    def undo_merges(self, depth: int = 0) -> None:
+        """Undo all merges but the first `depth`, or none.
+
+        Raises:
+            RuntimeError: As in `unmerge`.
+        """
+        if len(self._merges) <= depth:
+            return
+        if absence := self._absence_refusal():
+            raise RuntimeError(f"this layer cannot be unmerged: {absence}")
+        place = self.place()
+        for record in reversed(self._merges[depth:]):
+            place = record.recover(place)
+        try:
+            place.put_back(self)
+            self._merges = self._merges[:depth]
+        except BaseException:  # an interrupt: the rest is two assignments
+            place.put_back(self)
+            self._merges = self._merges[:depth]
+            raise
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return the base layer, merged or as it was (PEFT calls this from `merge_and_unload` and `unload`)."""
+        if merge:
+            if missing := self.names_to_merge(adapter_names):
+                self.merge_knowing_holders(safe_merge, missing)
+        elif self.merged:
+            self.unmerge()
+        return self.get_base_layer()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Deepcopy and pickle: what undoes a merge must not depend on the machine that made it.
+        history, reason = self._history()
+        merges = [record.portable(earlier) for record, earlier in reversed(history)]
+        return self.__dict__ | {"_model": None, "_merges": merges if reason is None else [self._no_way_back(reason)]}
+
+    def _history(self) -> tuple[list[tuple[MergeRecord, Any]], str | None]:
+        """Return every merge, the latest first, with the weight from before it; or why that is not known."""
+        history, place = [], self.place()
+        for record in reversed(self._merges):
+            if isinstance(record, ForgottenRecord):
+                return [], record.reason
+            try:
+                place = record.recover(place)
+            except RuntimeError:
+                return [], CHANGED
+            history.append((record, place))
+        return history, None
+
+    def _no_way_back(self, reason: str) -> ForgottenRecord:
+        return ForgottenRecord(self.merged_adapters, (), (), reason)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MergeableLayer":
+        # `.to`, `.half`, `.cuda` of a merged layer: both the merged weight and the one that comes back are converted.
+        if self._merges:
+            packed = self.quantization_backend is not None
+            weight: Any = packed_weight(self.get_base_layer()) if packed else self.weight_ref().parameter
+            with torch.no_grad():
+                probe = fn(torch.empty(0, dtype=weight.dtype, device=weight.device))
+            if (probe.dtype, probe.device) != (weight.dtype, weight.device):
+                self._convert_merged(fn, recurse, to_meta=probe.is_meta)
+                return self
+        super()._apply(fn, recurse)
+        return self
+
+    def _convert_merged(self, fn: Callable[[Tensor], Tensor], recurse: bool, to_meta: bool) -> None:
+        history, reason = self._history()
+        reason = "its weights were moved to the meta device" if to_meta else reason
+        if reason is not None:
+            super()._apply(fn, recurse)
+            self._merges = [self._no_way_back(reason)]
+            return
+        if isinstance(self._merges[0], PackedRecord):
+            merges: list[Any] = self._merges
+            self.undo_merges()
+            super()._apply(fn, recurse)
+            for record in merges:
+                self._write_merge(*merge.prepare(self, record.adapter_names, record.parts, sharing=self._sharing))
+            return
+        # What only the record holds is converted here; a parameter that other modules hold too, by them or here.
+        converted = [None if place.values is place.parameter else fn(place.values) for _, place in history]
+        parameter = self.weight_ref().parameter
+        super()._apply(fn, recurse)
+        now, merges = self.place(), []
+        for (record, place), values in zip(history, converted, strict=True):
+            if place.parameter is parameter:
+                place = place._replace(parameter=now.parameter)
+            elif (place.parameter.dtype, place.parameter.device) != (now.values.dtype, now.values.device):
+                place.parameter.data = fn(place.parameter.data)
+            earlier = place._replace(values=place.parameter if values is None else values)
+            merges.insert(0, record.converted(earlier, now))
+            now = earlier
+        self._merges = merges

@@ -1,0 +1,89 @@
+"""The frozen weight under an adapter: where it is, how it reads as a matrix, and its values at one time."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from gralora.tuner.merging.rows import Window, fingerprint, local, overwrite
+
+
+def itself(weight: Tensor) -> Tensor:
+    """Return `weight`."""
+    return weight
+
+
+class WeightRef(NamedTuple):
+    """Where a frozen weight is, and how it reads as a matrix `[out, in]`.
+
+    Attributes:
+        owner: Module that holds the parameter, usually the base layer.
+        name: Name of the parameter in it.
+        matrix: Maps the stored weight, or a shard of it, to `[out, in]`; a view where the memory layout allows.
+        stored: Maps `[out, in]` back to the shape of the stored weight, a view.
+    """
+
+    owner: nn.Module
+    name: str = "weight"
+    matrix: Callable[[Tensor], Tensor] = itself
+    stored: Callable[[Tensor], Tensor] = itself
+
+    @property
+    def parameter(self) -> nn.Parameter | None:
+        """The weight; None where a packed format has none."""
+        return getattr(self.owner, self.name, None)
+
+
+class Place(NamedTuple):
+    """A base weight at one point of its history: the module and the parameter that hold it, and its values."""
+
+    base: nn.Module
+    ref: WeightRef
+    parameter: nn.Parameter
+    values: Tensor  # of the shape stored here; the parameter itself where nothing has to be written to it
+
+    @classmethod
+    def now(cls, layer: BaseTunerLayer) -> "Place":
+        """Return where the weight of `layer` is."""
+        ref = layer.weight_ref()
+        return cls(layer.get_base_layer(), ref, ref.parameter, ref.parameter)
+
+    @property
+    def window(self) -> Window:
+        """The rows that this process holds, and where they begin in the whole matrix."""
+        rows = self.ref.matrix(local(self.values))
+        if not isinstance(self.parameter, DTensor):
+            return Window(rows, 0, 0)
+        return Window(rows, *_first_row_and_column(self.parameter, self.ref.matrix))
+
+    def fingerprint(self) -> tuple[int, ...]:
+        """Return hashes of the bits of the weight that is here; records compare them."""
+        return fingerprint(self.window.rows)
+
+    def put_back(self, layer: BaseTunerLayer) -> None:
+        """Make this the weight of `layer`. Doing it again changes nothing."""
+        if self.values is not self.parameter:
+            overwrite(self.parameter, self.values)
+        # Straight into the dictionaries: one step each, which no interrupt can divide.
+        self.ref.owner._parameters[self.ref.name] = self.parameter
+        layer._modules["base_layer"] = self.base
+
+
+def _first_row_and_column(weight: DTensor, matrix: Callable[[Tensor], Tensor]) -> tuple[int, int]:
+    """Return where this process's shard begins in the matrix of the whole weight."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, first = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+    # A view knows where it begins, and on meta it costs nothing.
+    whole = torch.empty(weight.shape, device="meta")
+    shard = whole[tuple(slice(start, start + size) for start, size in zip(first, shape, strict=True))]
+    rows = matrix(whole)
+    row_stride, column_stride = rows.stride()
+    if row_stride >= column_stride and len(rows) > 1:
+        row, rest = divmod(shard.storage_offset(), row_stride)
+        return row, rest // column_stride
+    column, rest = divmod(shard.storage_offset(), column_stride)
+    return rest // row_stride, column
