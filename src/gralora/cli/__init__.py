@@ -1,30 +1,43 @@
-"""The command line: `gralora <verb>`. One file a verb; they parse, call and print."""
+"""The command line: `gralora <verb>`. One file a verb, which parses, calls and prints."""
 
 import os
 import sys
+from typing import Any
 
 _ERRORS = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; a mistake of the user's ends it with a message and status 2.
+    """Run the command line. A mistake of the user ends it with a message and status 2.
+
+    With `GRALORA_TRACEBACK` set in the environment, errors keep their traceback.
 
     Args:
-        arguments: Instead of those of the process.
+        arguments: Arguments; None for those of the process.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    verbs: dict[str, Any] = {}
     try:
         from gralora.optional import require
 
         require("typer", "rich", "yaml", extra="train")
-        _app()(arguments)
+        command = _command()
+        verbs = command.commands
+        command(arguments)
     except _ERRORS as error:
         if os.environ.get("GRALORA_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_told(error, verbs.get(arguments[0]) if arguments else None)}", file=sys.stderr)
         sys.exit(2)
 
 
-def _app():
+def _told(error: Exception, verb: Any) -> str:
+    from gralora.cli.errors import with_flags
+
+    return str(error) if verb is None else with_flags(str(error), verb)
+
+
+def _command() -> Any:
     import typer
 
     from gralora.cli import export, generate, import_, inspect, merge, train
@@ -33,7 +46,7 @@ def _app():
         add_completion=False,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
-        help="GraLoRA adapters: fine-tune a language model, merge the result, export it, look at it.",
+        help="GraLoRA adapters: fine-tune a language model, merge the result, export it, inspect it.",
     )
     app.command("train")(train.train)
     app.command("generate")(generate.generate)
@@ -41,4 +54,4 @@ def _app():
     app.command("export")(export.export)
     app.command("import")(import_.import_)
     app.command("inspect")(inspect.inspect)
-    return app
+    return typer.main.get_command(app)

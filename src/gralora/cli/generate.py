@@ -1,31 +1,38 @@
 """`gralora generate`."""
 
 import sys
-from typing import Annotated
+from dataclasses import fields
+from typing import Annotated, Any
 
 import typer
 
+from gralora.cli.options import option
 from gralora.recipe.answer import GenerationOptions
 from gralora.recipe.answer import generate as run_generation
+
+_DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(GenerationOptions)}
 
 
 def generate(
     adapter: Annotated[str, typer.Argument(help="Folder of an adapter.", show_default=False)],
-    model: Annotated[
-        str | None, typer.Option(help="Base model, instead of the one the adapter names.", show_default=False)
-    ] = None,
-    prompt: Annotated[
-        str | None, typer.Option(help="What to say; without it, standard input.", show_default=False)
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of the answer at most, in tokens.")] = 256,
+    model: Annotated[str | None, option("Base model.", default="the one that the adapter names")] = None,
+    prompt: Annotated[str | None, option("Text to answer.", default="standard input")] = None,
+    max_new_tokens: Annotated[
+        int, option("Maximum length of the answer in tokens.", default=_DEFAULTS["max_new_tokens"])
+    ] = _DEFAULTS["max_new_tokens"],
     adapter_on: Annotated[
-        bool, typer.Option("--adapter/--no-adapter", help="With the adapter, or the base model alone.")
+        bool, option("Use the adapter, or the base model alone.", "--adapter/--no-adapter", default="adapter")
     ] = True,
-    temperature: Annotated[float, typer.Option(help="0 for the likeliest answer, more for a freer one.")] = 0.0,
-    dtype: Annotated[str, typer.Option(help="Of the base model: auto, float32, bfloat16 or float16.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    temperature: Annotated[
+        float, option("Sampling temperature; 0 for greedy decoding.", default=_DEFAULTS["temperature"])
+    ] = _DEFAULTS["temperature"],
+    dtype: Annotated[
+        str,
+        option("Dtype of the base model: auto, float32, bfloat16 or float16.", default=_DEFAULTS["dtype"]),
+    ] = _DEFAULTS["dtype"],
+    seed: Annotated[int, option("Random seed for sampling.", default=_DEFAULTS["seed"])] = _DEFAULTS["seed"],
 ) -> None:
-    """Answer a prompt with a base model and an adapter; the text comes as it is made."""
+    """Answer a prompt with a base model and an adapter; prints the text while it is generated."""
     options = GenerationOptions(
         adapter=adapter,
         model=model,

@@ -1,17 +1,19 @@
-"""Declaring an option of a verb."""
+"""Declaring the options of a verb."""
 
 from typing import Any
 
 import typer
+from rich.markup import escape
 
 
 def option(help: str, *names: str, default: Any = None) -> Any:
-    """Return a typer option that shows `default` at the end of its help, where one is given.
+    """Return a typer option whose help ends with its default, where `default` is given.
 
     Args:
-        help: What the option means.
-        *names: Spellings, where they are not the parameter's name with hyphens.
-        default: What the option is without being named.
+        help: Meaning of the option.
+        *names: Spellings, where they differ from the parameter's name with hyphens.
+        default: Value or text to show as the default.
     """
-    shown = help if default is None else f"{help} [default: {default}]"
+    # Typer reads help texts as rich markup, in which a bare "[default: 2]" would be a tag and vanish.
+    shown = help if default is None else f"{help} {escape(f'[default: {default}]')}"
     return typer.Option(*names, help=shown, show_default=False)

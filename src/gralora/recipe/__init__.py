@@ -1,1 +1,1 @@
-"""`gralora train` and `gralora generate`: fine-tuning a language model and using the result."""
+"""Fine-tuning a language model and answering with the result: `gralora train` and `gralora generate`."""

@@ -1,31 +1,34 @@
 """Answering a prompt with a base model and an adapter from a folder."""
 
-import json
 import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from gralora import pretrained
-from gralora.recipe.generation import stream_answer
+from gralora.checks import is_number, require_integer
+from gralora.files.checkpoint import read_config
+from gralora.recipe.data import encode_prompt
+from gralora.recipe.decoding import generate_ids
 from gralora.recipe.progress import Reporter, quiet_libraries
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """What answers, and how.
+    """Options for answering a prompt.
 
     Attributes:
         adapter: Folder of an adapter.
         model: Base model; None for the one that the adapter names.
-        use_adapter: False for the base model alone.
-        max_new_tokens: Length of the answer at most.
-        temperature: 0 for greedy decoding.
-        dtype: Of the base model.
-        seed: Of the sampling.
+        use_adapter: Whether to use the adapter; False for the base model alone.
+        max_new_tokens: Maximum length of the answer.
+        temperature: Sampling temperature; 0 for greedy decoding.
+        dtype: Dtype of the base model: "auto", "float32", "bfloat16" or "float16".
+        seed: Random seed for sampling.
 
     Raises:
         ValueError: A value breaks its rule.
@@ -41,15 +44,13 @@ class GenerationOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"`max_new_tokens` must be a positive integer; got max_new_tokens={self.max_new_tokens}.")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"`temperature` must be zero or a positive number; got temperature={self.temperature}.")
-        pretrained.choose_dtype(self.dtype)
-        if not (Path(self.adapter) / "adapter_config.json").is_file():
-            raise FileNotFoundError(
-                f"`adapter` must be the folder of an adapter; {self.adapter!r} has no adapter_config.json."
+        require_integer("max_new_tokens", self.max_new_tokens)
+        if not is_number(self.temperature) or not 0 <= self.temperature < math.inf:
+            raise ValueError(
+                f"`temperature` must be zero or a finite positive number; got temperature={self.temperature!r}."
             )
+        pretrained.choose_dtype(self.dtype)
+        read_config(Path(self.adapter))
 
     def base_model(self) -> str:
         """Return the name of the base model.
@@ -59,7 +60,7 @@ class GenerationOptions:
         """
         if self.model:
             return self.model
-        stored = json.loads((Path(self.adapter) / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        stored = read_config(Path(self.adapter)).get("base_model_name_or_path")
         if not stored:
             raise ValueError(f"`model` must be given: the adapter in {self.adapter!r} names no base model.")
         return stored
@@ -69,7 +70,7 @@ def generate(options: GenerationOptions, prompt: str, write: Callable[[str], Non
     """Answer `prompt`, and pass the text to `write` piece by piece.
 
     Raises:
-        ValueError: An empty prompt.
+        ValueError: The prompt is empty.
     """
     from peft import PeftModel
 
@@ -82,11 +83,27 @@ def generate(options: GenerationOptions, prompt: str, write: Callable[[str], Non
         if torch.cuda.is_available():
             model = model.to("cuda")
         torch.manual_seed(options.seed)
-        stream_answer(model, tokenizer, prompt.strip("\n"), options.max_new_tokens, options.temperature, write)
+        _stream_answer(model, tokenizer, prompt.strip("\n"), options.max_new_tokens, options.temperature, write)
+
+
+def _stream_answer(
+    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float, write: Callable[[str], None]
+) -> None:
+    from transformers import TextStreamer
+
+    class Writer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            write(text)
+
+    ids = encode_prompt([{"role": "user", "content": prompt}], True, tokenizer)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    model.eval()
+    streamer = Writer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    generate_ids(model, tokenizer, [ids], max_new_tokens, streamer, **sampling)
 
 
 class _StderrNotes(Reporter):
-    """Standard output is for the answer."""
+    """Print notes to standard error; standard output is for the answer."""
 
     def note(self, text: str) -> None:
         """Print a line."""

@@ -1,9 +1,9 @@
-"""Rows to train on: reading them, naming the bad ones by line, and turning them into tokens.
+"""Reading rows, reporting bad rows by line, and encoding rows as tokens.
 
-A row is a conversation that ends with an answer of the assistant. `prompt`/`completion` text is the
-conversation of one question and its answer where the tokenizer has a chat template, and plain text
-where it has none. Training, scoring and generating go through the same functions here, so that the
-model sees at inference what it saw in training.
+A row is a conversation that ends with an answer of the assistant. With a tokenizer that has a chat
+template, `prompt`/`completion` text is a conversation of one question and its answer; without a template
+it is plain text. Training, scoring and answering use the same functions, so that the model sees the same
+tokens at inference as in training.
 """
 
 import hashlib
@@ -17,8 +17,8 @@ from typing import Any
 
 from gralora.optional import require
 
-IGNORED = -100  # the label of a token that the loss leaves out
-_REPORTED = 5  # bad rows named in one message
+IGNORED = -100  # label of a token that the loss ignores
+_REPORTED = 5  # number of bad rows described in one message
 _FILE_SUFFIXES = (".jsonl", ".json", ".ndjson")
 
 Message = dict[str, str]
@@ -29,10 +29,10 @@ class Row:
     """One example.
 
     Attributes:
-        where: Its place in the source, for messages: "line 7".
-        prompt: The conversation before the answer.
-        completion: The answer.
-        is_plain: The row was given as two texts.
+        where: Position in the source, for messages: "line 7".
+        prompt: Conversation before the answer.
+        completion: Answer of the assistant.
+        is_plain: Whether the row was given as two texts.
     """
 
     where: str
@@ -43,13 +43,13 @@ class Row:
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """Rows as tokens.
+    """Rows encoded as tokens.
 
     Attributes:
         input_ids: Tokens of each row.
-        labels: The same, with -100 where the loss leaves a token out.
-        truncated: How many rows were cut to the maximal length, with part of the answer left.
-        earlier_answers_ignored: Some row has several answers, and only the last one is learned.
+        labels: The same tokens, with -100 where the loss ignores a token.
+        truncated: Number of rows that were truncated, with part of the answer left.
+        earlier_answers_ignored: Whether a row has several answers of which only the last one is learned.
     """
 
     input_ids: list[list[int]]
@@ -66,15 +66,15 @@ class EncodedRows:
 
 
 def read_rows(source: str) -> list[Row]:
-    """Read a JSONL file, or the rows of a dataset.
+    """Read the rows of a JSONL file or of a dataset.
 
     Args:
-        source: A JSONL file; or a dataset that `datasets.load_dataset` knows, a folder or a name on the
-            hub, its `train` split unless it reads `name:split`.
+        source: A JSONL file, or a dataset for `datasets.load_dataset`: a folder or a name on the hub,
+            `name:split` for a split other than `train`.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: Bad rows, the first few named with their place and what is wrong; or no rows at all.
+        FileNotFoundError: The file does not exist.
+        ValueError: Rows are bad (the message describes the first few), or there are none.
     """
     path = Path(source)
     if path.is_file():
@@ -85,10 +85,12 @@ def read_rows(source: str) -> list[Row]:
 
 
 def parse_rows(items: Iterable[tuple[str, Any]], source: str) -> list[Row]:
-    """Return the rows of `items`, pairs of a place ("line 7") and a value; an Exception as value is a bad row.
+    """Return the rows of `items`, which are pairs of a position ("line 7") and a value.
+
+    A ValueError as value marks a row that could not be read.
 
     Raises:
-        ValueError: Bad rows, or none at all.
+        ValueError: Rows are bad, or there are none.
     """
     rows: list[Row] = []
     problems: list[str] = []
@@ -109,20 +111,20 @@ def parse_rows(items: Iterable[tuple[str, Any]], source: str) -> list[Row]:
 
 
 def encode(rows: Sequence[Row], tokenizer: Any, max_length: int, source: str) -> EncodedRows:
-    """Turn rows into tokens and labels.
+    """Encode rows as tokens and labels.
 
-    The loss counts the answers of the assistant: all of them where the chat template marks them, else the
+    The loss covers the answers of the assistant: all of them where the chat template marks them, else the
     last one.
 
     Args:
-        rows: From `read_rows`.
+        rows: Rows from `read_rows`.
         tokenizer: A transformers tokenizer.
-        max_length: Tokens to keep of a row.
-        source: Where the rows are from, for messages.
+        max_length: Maximum number of tokens per row.
+        source: Origin of the rows, for messages.
 
     Raises:
-        ValueError: Rows whose answer would be cut away whole, or conversations for a tokenizer that has no
-            chat template.
+        ValueError: Truncation would remove the whole answer of a row, or the rows are conversations and the
+            tokenizer has no chat template.
     """
     marks_answers = bool(re.search(r"\{%-?\s*generation\b", tokenizer.chat_template or ""))
     stops = set(template_stop_ids(tokenizer))
@@ -137,7 +139,7 @@ def encode(rows: Sequence[Row], tokenizer: Any, max_length: int, source: str) ->
             several_answers |= any(message["role"] == "assistant" for message in row.prompt)
         if all(label == IGNORED for label in labels[:max_length]):
             before = next((i for i, label in enumerate(labels) if label != IGNORED), len(labels))
-            problems.append(f"{row.where} has {before} tokens before its completion, which is cut away whole")
+            problems.append(f"{row.where} has {before} tokens before its completion, which is truncated away")
         truncated += len(ids) > max_length
         all_ids.append(ids[:max_length])
         all_labels.append(labels[:max_length])
@@ -146,7 +148,7 @@ def encode(rows: Sequence[Row], tokenizer: Any, max_length: int, source: str) ->
 
 
 def encode_prompt(prompt: Sequence[Message], is_plain: bool, tokenizer: Any) -> list[int]:
-    """Return the tokens after which the model answers."""
+    """Return the tokens of a prompt, up to where the answer starts."""
     if tokenizer.chat_template is None:
         return _plain_prompt_ids(prompt, is_plain, tokenizer)
     text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
@@ -154,7 +156,7 @@ def encode_prompt(prompt: Sequence[Message], is_plain: bool, tokenizer: Any) -> 
 
 
 def template_stop_ids(tokenizer: Any) -> list[int]:
-    """Return the tokens that end an answer: the end-of-text token, and the chat template's end of a turn."""
+    """Return the tokens that end an answer: the end-of-text token and the chat template's end of a turn."""
     stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if tokenizer.chat_template is not None:
         answer = "the answer"
@@ -250,7 +252,7 @@ def _dataset_rows(source: str) -> Iterator[tuple[str, Any]]:
         dataset = datasets.load_dataset(name, split=split or "train")
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError, OSError, ValueError) as error:
         raise ValueError(
-            f"`data` must be a JSONL file or a dataset that loads; {source!r} is no file here, and loading it as a "
+            f"`data` must be a JSONL file or a dataset that loads; {source!r} is not a file, and loading it as a "
             f"dataset failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from None
     for number, row in enumerate(dataset, start=1):
@@ -277,7 +279,7 @@ def _encode_marked(row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def _encode_last_answer(row: Row, tokenizer: Any, stops: set[int]) -> tuple[list[int], list[int]]:
-    # Prompt and answer are tokenised apart, so that no token spans the place where generation starts.
+    # Prompt and answer are tokenized separately, so that no token spans the start of the answer.
     if tokenizer.chat_template is None:
         prompt = _plain_prompt_ids(row.prompt, row.is_plain, tokenizer)
         answer = _ids(row.completion, tokenizer)
@@ -294,7 +296,7 @@ def _answer_text(prompt: list[Message], completion: str, tokenizer: Any) -> tupl
     whole = tokenizer.apply_chat_template(
         [*prompt, {"role": "assistant", "content": completion}], tokenize=False, add_generation_prompt=False
     )
-    # A template may open the turn differently when the answer is known; then the two part earlier.
+    # A template may open the turn differently when the answer is known; then the prompt ends earlier.
     length = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
     return whole[:length], whole[length:]
 
@@ -303,7 +305,7 @@ def _plain_prompt_ids(prompt: Sequence[Message], is_plain: bool, tokenizer: Any)
     if not is_plain:
         raise ValueError(
             "`data` must have `prompt`/`completion` text for a model whose tokenizer has no chat template; got "
-            "conversations. Take the model's chat version, or give text."
+            "conversations. Use the chat version of the model, or rows of text."
         )
     ids = list(tokenizer(prompt[-1]["content"])["input_ids"])
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids

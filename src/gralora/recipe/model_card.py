@@ -1,18 +1,16 @@
-"""The README of an adapter."""
+"""The model card of an adapter: the README.md in its folder."""
 
 import json
-from typing import TYPE_CHECKING
 
 from gralora.pretrained import DEFAULT_MODEL, INSTALL_DEFAULT_MODEL
+from gralora.recipe.options import TrainingOptions
+from gralora.recipe.result import TrainingResult
 
-if TYPE_CHECKING:
-    from gralora.recipe.training import TrainingOptions, TrainingResult
 
-
-def render(options: "TrainingOptions", result: "TrainingResult") -> str:
-    """Return the model card of an adapter that `train` wrote."""
-    data = options.data or "the task that ships with gralora: a customer's message in, JSON of four fields out"
-    state = f", interrupted there; the run has {result.total_steps}" if result.interrupted else ""
+def render(options: TrainingOptions, result: TrainingResult) -> str:
+    """Return the model card of an adapter that `train` writes."""
+    data = options.data or "the packaged task of gralora: customer messages to JSON of four fields"
+    state = f"; interrupted, the run has {result.total_steps} steps" if result.interrupted else ""
     facts = {
         "base model": f"`{options.model}`",
         "data": data,
@@ -36,7 +34,7 @@ def render(options: "TrainingOptions", result: "TrainingResult") -> str:
 
 
 def _metadata(model: str) -> str:
-    # The hub takes a name of its own there, no path.
+    # The hub accepts only its own model names here, no paths.
     is_hub_name = model.count("/") == 1 and not model.startswith((".", "/", "~")) and not model.endswith(".gguf")
     return f"base_model: {json.dumps(model)}\n" if is_hub_name else ""
 

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any, get_args
 
 from gralora.optional import require
-from gralora.recipe.training import TrainingOptions
+from gralora.recipe.options import TrainingOptions
 
 
 def read_options_file(path: str) -> dict[str, Any]:
-    """Return the options in a YAML file, by the names of `TrainingOptions`; hyphens may stand for underscores.
+    """Return the options in a YAML file, by field name of `TrainingOptions`.
+
+    In the file, hyphens may stand for underscores.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: No YAML, no mapping, an unknown name, or a value of the wrong kind.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is not YAML or not a mapping, or has an unknown name or a value of the wrong type.
     """
     require("yaml", extra="train")
     import yaml
@@ -30,40 +32,40 @@ def read_options_file(path: str) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise ValueError(f"`config` must map names to values; {path!r} holds a {type(content).__name__}.")
-    kinds = {field.name: (get_args(field.type) or (field.type,))[0] for field in fields(TrainingOptions)}
+    types = {field.name: (get_args(field.type) or (field.type,))[0] for field in fields(TrainingOptions)}
     options = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
-        if name not in kinds:
-            near = difflib.get_close_matches(name, kinds, n=1, cutoff=0)
+        if name not in types:
+            near = difflib.get_close_matches(name, types, n=1, cutoff=0)
             raise ValueError(
                 f"`config` must hold options of `gralora train`; got {key!r} in {path!r}. Nearest: {near[0]!r}."
             )
         if name in options:
             raise ValueError(f"`config` must name an option once; got {key!r} twice in {path!r}.")
         if value is not None:
-            options[name] = _converted(name, value, kinds[name])
+            options[name] = _converted(name, value, types[name])
     return options
 
 
-def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Return `base` overlaid with `over`; `steps` and `epochs` count as one option.
+def overlay(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with the entries of `over` laid over it; `steps` and `epochs` replace each other.
 
     Example:
-        >>> merge({"epochs": 3, "r": 8}, {"steps": 10})
+        >>> overlay({"epochs": 3, "r": 8}, {"steps": 10})
         {'r': 8, 'steps': 10}
     """
     hidden = {"steps", "epochs"} if {"steps", "epochs"} & set(over) else set()
     return {**{name: value for name, value in base.items() if name not in hidden}, **over}
 
 
-def _converted(name: str, value: Any, kind: type) -> Any:
+def _converted(name: str, value: Any, wanted: type) -> Any:
     if name == "target_modules" and isinstance(value, list):
         return ",".join(map(str, value))
-    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
-        # YAML takes 1e-4, without a point, for text.
+    if wanted is float and isinstance(value, int | str) and not isinstance(value, bool):
+        # YAML reads 1e-4, which has no point, as text.
         with suppress(ValueError):
             return float(value)
-    if type(value) is not kind:
-        raise ValueError(f"`{name}` must be of type {kind.__name__}; got {name}={value!r}.")
+    if type(value) is not wanted:
+        raise ValueError(f"`{name}` must be of type {wanted.__name__}; got {name}={value!r}.")
     return value

@@ -1,4 +1,4 @@
-"""What a run tells its user while it goes, and keeping the libraries below it quiet."""
+"""Reporting the progress of a run, and silencing the libraries that it uses."""
 
 import logging
 import sys
@@ -12,25 +12,30 @@ from typing import Any
 from gralora.optional import require
 
 _NOISY_LOGGERS = ("transformers", "trl", "datasets", "accelerate", "bitsandbytes", "peft", "huggingface_hub")
-_SECONDS_BETWEEN_LINES = 5  # where the output is no terminal
+_SECONDS_BETWEEN_LINES = 5  # where the output is not a terminal
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What is about to be trained.
+    """Facts about a run that is about to train.
 
     Attributes:
         model: Name of the base model.
-        dtype: Of its weights.
-        device: Where it is.
-        targets: Name of each adapted kind of layer, to how many there are.
-        trainable_parameters: Of the adapter.
-        all_parameters: Of the model, the adapter included.
-        r, hybrid_r, k, scale: Of the adapter.
-        train_rows, truncated_rows, eval_rows: Rows of the data.
-        steps: Of the whole run.
-        first_step: Steps that are done already, for a resumed run.
-        batch_size: Rows of a step.
+        dtype: Dtype of the base weights.
+        device: Device of the model.
+        targets: Number of adapted layers by the last part of their name.
+        trainable_parameters: Number of parameters of the adapter.
+        all_parameters: Number of parameters of the model, including the adapter.
+        r: Rank of the adapter.
+        hybrid_r: Rank of the plain LoRA beside the blocks.
+        k: Blocks per side.
+        scale: Factor of the update.
+        train_rows: Number of training rows.
+        truncated_rows: Number of training rows that were truncated.
+        eval_rows: Number of held-out rows.
+        steps: Number of steps of the whole run.
+        first_step: Number of steps that were done before a resume.
+        batch_size: Rows per step.
     """
 
     model: str
@@ -52,23 +57,23 @@ class RunSummary:
 
 
 class Reporter:
-    """Hears what a run does; this one says nothing. Inherit and override."""
+    """Receives the progress events of a run. This base class ignores them; subclasses override methods."""
 
     def note(self, text: str) -> None:
-        """Something the user should know."""
+        """Receive a message for the user."""
 
     def ready(self, summary: RunSummary) -> None:
-        """Everything is loaded; nothing was trained yet."""
+        """Receive the facts of the run, after loading and before training."""
 
     def step(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """One step is done, and `step` of them in all."""
+        """Receive the results of step number `step`."""
 
     def scoring(self, what: str, done: int, rows: int) -> None:
-        """`done` of the held-out rows are answered, `what` ("before" or "after" training)."""
+        """Receive the number of held-out rows answered so far, `what` ("before" or "after") training."""
 
 
 class ConsoleReporter(Reporter):
-    """A table, a bar and lines on the terminal, through rich."""
+    """Shows progress on the terminal with rich: a table, a bar and lines."""
 
     def __init__(self) -> None:
         require("rich", extra="train")
@@ -85,13 +90,13 @@ class ConsoleReporter(Reporter):
         self.console.print(text, markup=False, highlight=False)
 
     def ready(self, summary: RunSummary) -> None:
-        """Print the table."""
+        """Print the facts as a table."""
         from rich.table import Table
 
         self._steps = summary.steps
         hybrid = f" + {summary.hybrid_r} hybrid" if summary.hybrid_r else ""
         share = summary.trainable_parameters / summary.all_parameters
-        cut = f", {summary.truncated_rows} cut to the maximal length" if summary.truncated_rows else ""
+        cut = f", {summary.truncated_rows} truncated to the maximum length" if summary.truncated_rows else ""
         done = f", {summary.first_step} done" if summary.first_step else ""
         rows = {
             "base model": f"{summary.model} ({summary.dtype} on {summary.device})",
@@ -109,12 +114,12 @@ class ConsoleReporter(Reporter):
         self.console.print(table, highlight=False)
 
     def step(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """Move the bar; where the output is no terminal, print a line every few seconds."""
+        """Update the bar; where the output is not a terminal, print a line every few seconds."""
         text = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
         self._show("training", step, self._steps, text)
 
     def scoring(self, what: str, done: int, rows: int) -> None:
-        """Move the bar of the held-out rows."""
+        """Update the bar of the held-out rows."""
         self._show(f"scoring {what}", done, rows, "")
 
     def _show(self, name: str, done: int, total: int, text: str) -> None:
@@ -142,7 +147,7 @@ class ConsoleReporter(Reporter):
             self.close()
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Stop updating the bar and leave it on the screen."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -150,7 +155,7 @@ class ConsoleReporter(Reporter):
 
 @contextmanager
 def quiet_libraries(reporter: Reporter) -> Iterator[None]:
-    """Keep the bars, logs and deprecations of the libraries below off the screen; warnings become notes."""
+    """Suppress progress bars, logs and deprecations of the libraries; turn other warnings into notes."""
     loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
     levels = [logger.level for logger in loggers]
     bars = _bars()

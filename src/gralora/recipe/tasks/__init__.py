@@ -1,4 +1,4 @@
-"""Tasks that ship with the package: rows to train on, and held-out rows to score."""
+"""Tasks that are part of the package, each with training rows and held-out rows."""
 
 from gralora.recipe.tasks.support import support_rows
 

@@ -1,4 +1,4 @@
-"""The packaged task: a customer's message in, a compact JSON object of four fields out.
+"""The packaged task: turn a customer's message into a compact JSON object of four fields.
 
 The rows are the same on every machine. A held-out row has a combination of product, issue and urgency
 that no training row has, and an order number of its own.

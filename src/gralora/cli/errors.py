@@ -1,0 +1,51 @@
+"""Error messages of the library, respelled for the command line."""
+
+import re
+from typing import Any
+
+# Names of the library for parameters that a verb calls otherwise. A parameter of the verb goes first.
+_SYNONYMS = {"gralora_k": "k", "gralora_dropout": "dropout", "use_adapter": "adapter_on", "model": "base"}
+
+
+def with_flags(message: str, verb: Any) -> str:
+    """Return `message` with the parameters of a verb spelled as on the command line.
+
+    The library names Python arguments: `` `name` ``, `` `name=value` ``, and "got name=value". Names that are
+    not parameters of the verb are left alone.
+
+    Args:
+        message: Text of an error.
+        verb: The click command that failed.
+    """
+    message = re.sub(r"`(\w+)(?:=([^`]+))?`", lambda match: _flag(match, verb) or match[0], message)
+    return re.sub(r"(?<=\s)(\w+)=(?=\S)", lambda match: _got(match, verb) or match[0], message)
+
+
+def _flag(match: re.Match[str], verb: Any) -> str | None:
+    parameter, value = _parameter(match[1], verb), match[2]
+    if parameter is None or value is None:
+        return parameter and _spelling(parameter)
+    if not getattr(parameter, "is_flag", False):
+        value = value.strip("\"'")
+        return f"{_spelling(parameter)} {value}"
+    if value == "True":
+        return _spelling(parameter)
+    return parameter.secondary_opts[0] if parameter.secondary_opts else None
+
+
+def _got(match: re.Match[str], verb: Any) -> str | None:
+    parameter = _parameter(match[1], verb)
+    if parameter is None or getattr(parameter, "is_flag", False):
+        return None
+    return f"{_spelling(parameter)} "
+
+
+def _parameter(name: str, verb: Any) -> Any:
+    parameters = {parameter.name: parameter for parameter in verb.params}
+    return parameters.get(name) or parameters.get(_SYNONYMS.get(name))
+
+
+def _spelling(parameter: Any) -> str:
+    if parameter.param_type_name == "argument":
+        return parameter.name.upper()
+    return max(parameter.opts, key=len)
