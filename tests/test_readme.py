@@ -1,12 +1,22 @@
-"""The README runs as printed: its Python from top to bottom, its commands as far as the command line reads them."""
+"""The README runs as printed: its Python from top to bottom, its commands as far as the command line reads them.
 
+Its numbers, and those of the other pages, are those of the code.
+"""
+
+import ast
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_gpt2, tiny_llama, tiny_opt
+
+from gralora import GraloraConfig
+from gralora.cli import build_command
+from gralora.export.engines import VLLM_RANKS
+from gralora.tuner.fused import FEW_TOKENS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -57,13 +67,8 @@ def commands():
 
 @pytest.mark.parametrize(("page", "line"), list(commands()))
 def test_commands_are_understood(page, line):
-    import typer
-
-    from gralora.cli import _app
-
     verb, *arguments = shlex.split(line, comments=True)[1:]
-    command = typer.main.get_command(_app()).commands[verb]
-    command.make_context(verb, arguments, resilient_parsing=False)
+    build_command().commands[verb].make_context(verb, arguments, resilient_parsing=False)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -77,3 +82,32 @@ def test_make_has_the_front_door():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"`?make (\w+)`?", README):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_the_configuration_table_has_the_defaults_of_the_code():
+    table = README.partition("## Configuration")[2]
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| ([^|]+) \|", table, flags=re.MULTILINE)
+    written = {name: default for names, default in rows for name in re.findall(r"\w+", names)}
+    assert written.pop("target_modules") == "by architecture"
+    defaults = {name: getattr(GraloraConfig(), name) for name in written}
+    assert {"r", "gralora_k", "alpha", "hybrid_r", "gralora_dropout"} <= defaults.keys()
+    assert {name: ast.literal_eval(default.strip("`")) for name, default in written.items()} == defaults
+
+
+def test_the_oldest_python_is_that_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert re.findall(r"Python (3\.\d+)", README) == [project["requires-python"].removeprefix(">=")]
+
+
+@pytest.mark.parametrize(
+    ("sentence", "number"),
+    [
+        (r"Up to (\d+) tokens", FEW_TOKENS),
+        (r"vLLM [\d.]+ and later \| up to (\d+)", VLLM_RANKS[-1]),
+        (r"Above (\d+) there are two ways", VLLM_RANKS[-1]),
+    ],
+)
+def test_numbers_that_repeat_the_code_are_those_of_the_code(sentence, number):
+    found = {page.name: number for page in PAGES for number in re.findall(sentence, page.read_text())}
+    assert found
+    assert found == dict.fromkeys(found, str(number))

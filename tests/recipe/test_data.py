@@ -95,7 +95,7 @@ def test_a_folder_is_read_as_a_dataset(tmp_path, monkeypatch):
 
 
 def test_a_name_that_is_neither_a_file_nor_a_dataset_is_said():
-    with pytest.raises(ValueError, match=r"'nobody/nothing' is no file here, and loading it as a dataset failed"):
+    with pytest.raises(ValueError, match=r"'nobody/nothing' is not a file, and loading it as a dataset failed"):
         read_rows("nobody/nothing")
 
 

@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
         from gralora.optional import require
 
         require("typer", "rich", "yaml", extra="train")
-        command = _command()
+        command = build_command()
         verbs = command.commands
         command(arguments)
     except _ERRORS as error:
@@ -37,7 +37,8 @@ def _told(error: Exception, verb: Any) -> str:
     return str(error) if verb is None else with_flags(str(error), verb)
 
 
-def _command() -> Any:
+def build_command() -> Any:
+    """Return the click command of `gralora`, with one subcommand for each verb."""
     import typer
 
     from gralora.cli import export, generate, import_, inspect, merge, train

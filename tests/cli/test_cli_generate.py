@@ -1,0 +1,37 @@
+import io
+
+import pytest
+from command_line import run
+
+pytest_plugins = ["run_fixtures"]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_generating_streams_text_from_the_prompt_or_standard_input(adapter, capsys, monkeypatch):
+    capsys.readouterr()
+    assert run("generate", adapter, "--prompt", "say 1", "--max-new-tokens", "4") == 0
+    first = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO("say 1\n"))
+    assert run("generate", adapter, "--max-new-tokens", "4") == 0
+    assert capsys.readouterr().out == first
+    assert len(first) > 1
+
+
+def test_the_base_answers_where_the_adapter_is_left_out(adapter, base_model, capsys, monkeypatch):
+    used = []
+    monkeypatch.setattr("peft.PeftModel.from_pretrained", lambda base, folder: (used.append(folder), base)[1])
+    capsys.readouterr()
+    assert run("generate", adapter, "--prompt", "a", "--max-new-tokens", "2") == 0
+    assert (
+        run("generate", adapter, "--prompt", "a", "--max-new-tokens", "2", "--no-adapter", "--model", base_model) == 0
+    )
+    assert used == [adapter]
+
+
+def test_sampling_depends_on_the_seed_alone(adapter, capsys):
+    answers = []
+    for seed in ("1", "1", "2"):
+        capsys.readouterr()
+        run("generate", adapter, "--prompt", "a", "--max-new-tokens", "8", "--temperature", "5", "--seed", seed)
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != answers[2]
