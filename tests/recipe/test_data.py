@@ -78,6 +78,8 @@ def test_an_empty_file_is_an_error(tmp_path, content):
 def test_a_missing_file_is_an_error():
     with pytest.raises(FileNotFoundError, match=r"no file 'nowhere.jsonl'"):
         read_rows("nowhere.jsonl")
+    with pytest.raises(FileNotFoundError, match="`eval` must be a JSONL file"):
+        read_rows("nowhere.jsonl", "eval")
 
 
 def test_a_byte_order_mark_and_blank_lines_do_no_harm(tmp_path):

@@ -65,12 +65,13 @@ class EncodedRows:
         return digest.hexdigest()
 
 
-def read_rows(source: str) -> list[Row]:
+def read_rows(source: str, option: str = "data") -> list[Row]:
     """Read the rows of a JSONL file or of a dataset.
 
     Args:
         source: A JSONL file, or a dataset for `datasets.load_dataset`: a folder or a name on the hub,
             `name:split` for a split other than `train`.
+        option: Name of the option that holds `source`, for messages.
 
     Raises:
         FileNotFoundError: The file does not exist.
@@ -78,13 +79,13 @@ def read_rows(source: str) -> list[Row]:
     """
     path = Path(source)
     if path.is_file():
-        return parse_rows(_json_lines(path), source)
+        return parse_rows(_json_lines(path), source, option)
     if path.suffix in _FILE_SUFFIXES or (source.startswith((".", "/", "~")) and not path.is_dir()):
-        raise FileNotFoundError(f"`data` must be a JSONL file or a dataset; there is no file {source!r}.")
-    return parse_rows(_dataset_rows(source), source)
+        raise FileNotFoundError(f"`{option}` must be a JSONL file or a dataset; there is no file {source!r}.")
+    return parse_rows(_dataset_rows(source, option), source, option)
 
 
-def parse_rows(items: Iterable[tuple[str, Any]], source: str) -> list[Row]:
+def parse_rows(items: Iterable[tuple[str, Any]], source: str, option: str = "data") -> list[Row]:
     """Return the rows of `items`, which are pairs of a position ("line 7") and a value.
 
     A ValueError as value marks a row that could not be read.
@@ -106,7 +107,7 @@ def parse_rows(items: Iterable[tuple[str, Any]], source: str) -> list[Row]:
             problems.append(f"{where} {error}")
     _raise_for(problems, source)
     if not rows:
-        raise ValueError(f"`data` must have at least one row; {source!r} is empty.")
+        raise ValueError(f"`{option}` must have at least one row; {source!r} is empty.")
     return rows
 
 
@@ -243,7 +244,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 yield f"line {number}", ValueError("is nested too deeply")
 
 
-def _dataset_rows(source: str) -> Iterator[tuple[str, Any]]:
+def _dataset_rows(source: str, option: str) -> Iterator[tuple[str, Any]]:
     require("datasets", extra="train")
     import datasets
 
@@ -252,7 +253,7 @@ def _dataset_rows(source: str) -> Iterator[tuple[str, Any]]:
         dataset = datasets.load_dataset(name, split=split or "train")
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError, OSError, ValueError) as error:
         raise ValueError(
-            f"`data` must be a JSONL file or a dataset that loads; {source!r} is not a file, and loading it as a "
+            f"`{option}` must be a JSONL file or a dataset that loads; {source!r} is not a file, and loading it as a "
             f"dataset failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from None
     for number, row in enumerate(dataset, start=1):
@@ -304,7 +305,7 @@ def _answer_text(prompt: list[Message], completion: str, tokenizer: Any) -> tupl
 def _plain_prompt_ids(prompt: Sequence[Message], is_plain: bool, tokenizer: Any) -> list[int]:
     if not is_plain:
         raise ValueError(
-            "`data` must have `prompt`/`completion` text for a model whose tokenizer has no chat template; got "
+            "Rows must have `prompt`/`completion` text for a model whose tokenizer has no chat template; got "
             "conversations. Use the chat version of the model, or rows of text."
         )
     ids = list(tokenizer(prompt[-1]["content"])["input_ids"])

@@ -121,19 +121,7 @@ class _Run:
         )
         self._write(result, adapter=True)
         if before and not result.interrupted:
-            after = self._score("after", eval_rows)
-            row = eval_rows[0]
-            result = replace(
-                result,
-                after=after.exact_match,
-                example={
-                    "prompt": row.prompt[-1]["content"],
-                    "reference": row.completion,
-                    "before": before.first_answer,
-                    "after": after.answers[0],
-                },
-                seconds=time.perf_counter() - self.started,
-            )
+            result = self._score_trained(result, before, eval_rows)
             self._write(result, adapter=False)
         return result
 
@@ -215,9 +203,20 @@ class _Run:
             self.state = replace(self.state, before=BaseScore(score.exact_match, score.answers[0]))
         self.state.write(self.folder)
 
+    def _score_trained(self, result: TrainingResult, before: BaseScore, eval_rows: list[Row]) -> TrainingResult:
+        after = self._score("after", eval_rows)
+        example = {
+            "prompt": eval_rows[0].prompt[-1]["content"],
+            "reference": eval_rows[0].completion,
+            "before": before.first_answer,
+            "after": after.answers[0],
+        }
+        seconds = time.perf_counter() - self.started
+        return replace(result, after=after.exact_match, example=example, seconds=seconds)
+
     def _score(self, when: str, rows: list[Row]) -> Score:
         self.reporter.scoring(when, 0, len(rows))
-        # Training goes on with the random numbers it would have had without scoring.
+        # Scoring must not change the random numbers that training draws.
         with torch.random.fork_rng():
             return score_exact_match(
                 self.model,
@@ -250,7 +249,7 @@ class _Run:
         loaded_from = config.base_model_name_or_path
         config.base_model_name_or_path = self.options.model
         try:
-            # Embeddings are never resized here; looking that up would ask the hub for the base model.
+            # Embeddings are never resized here; to find that out, PEFT would ask the hub for the base model.
             self.model.save_pretrained(path, save_embedding_layers=False)
         finally:
             config.base_model_name_or_path = loaded_from
@@ -264,4 +263,4 @@ def _read_rows(options: TrainingOptions) -> tuple[list[Row], list[Row]]:
         train_rows, eval_rows = (parse_rows(packaged[split], PACKAGED_TASK) for split in ("train", "eval"))
     else:
         train_rows, eval_rows = read_rows(options.data), []
-    return train_rows, read_rows(options.eval) if options.eval else eval_rows
+    return train_rows, read_rows(options.eval, "eval") if options.eval else eval_rows
