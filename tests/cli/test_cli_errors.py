@@ -52,6 +52,8 @@ def verb(name):
         ("export", "`max_rank` must be positive; got max_rank=-1.", "--max-rank must be positive; got --max-rank -1."),
         ("export", "`output` must not exist; got output='a b'.", "OUTPUT must not exist; got OUTPUT 'a b'."),
         ("export", "`target` must be 'serving'; got target='x'.", "--for must be 'serving'; got --for 'x'."),
+        ("export", "`for` must be serving; got for='peft'.", "--for must be serving; got --for 'peft'."),
+        ("merge", "`adapter` must be a folder", "ADAPTER must be a folder"),
         ("export", "Pass `max_rank=512`.", "Pass --max-rank 512."),
         ("export", "needs `max_error`; got per_layer=True alone.", "needs --max-error; got per_layer=True alone."),
         ("train", "`gralora_dropout` must be in [0, 1)", "--dropout must be in [0, 1)"),

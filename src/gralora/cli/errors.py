@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-# Names of the library for parameters that a verb calls otherwise. A parameter of the verb goes first.
+# Library names of parameters that a verb calls differently. The verb's own parameters take precedence.
 _SYNONYMS = {"gralora_k": "k", "gralora_dropout": "dropout", "use_adapter": "adapter_on", "model": "base"}
 
 
@@ -41,7 +41,8 @@ def _got(match: re.Match[str], verb: Any) -> str | None:
 
 
 def _parameter(name: str, verb: Any) -> Any:
-    parameters = {parameter.name: parameter for parameter in verb.params}
+    by_flag = {flag.lstrip("-").replace("-", "_"): parameter for parameter in verb.params for flag in parameter.opts}
+    parameters = by_flag | {parameter.name: parameter for parameter in verb.params}
     return parameters.get(name) or parameters.get(_SYNONYMS.get(name))
 
 
