@@ -84,9 +84,9 @@ def test_the_command_line_wins_over_the_file(base_model, rows_file, tmp_path):
     [
         ("learning-rate: 1", "got 'learning-rate' in"),
         ("batchsize: 1", "Nearest: 'batch_size'."),
-        ("r: many", "--r must be of type int; got --r 'many'."),
-        ("r: true", "--r must be of type int; got --r True."),
-        ("lr: fast", "--lr must be of type float; got --lr 'fast'."),
+        ("r: many", "--r must be of type int; got --r 'many' in "),
+        ("r: true", "--r must be of type int; got --r True in "),
+        ("lr: fast", "--lr must be of type float; got --lr 'fast' in "),
         ("[1]", "--config must map names to values"),
         ("r: [", "--config must be a YAML file"),
         ("max_length: 1\nmax-length: 2", "got 'max-length' twice"),

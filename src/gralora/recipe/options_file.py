@@ -44,7 +44,7 @@ def read_options_file(path: str) -> dict[str, Any]:
         if name in options:
             raise ValueError(f"`config` must name an option once; got {key!r} twice in {path!r}.")
         if value is not None:
-            options[name] = _converted(name, value, types[name])
+            options[name] = _converted(name, value, types[name], path)
     return options
 
 
@@ -59,7 +59,7 @@ def overlay(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in base.items() if name not in hidden}, **over}
 
 
-def _converted(name: str, value: Any, wanted: type) -> Any:
+def _converted(name: str, value: Any, wanted: type, path: str) -> Any:
     if name == "target_modules" and isinstance(value, list):
         return ",".join(map(str, value))
     if wanted is float and isinstance(value, int | str) and not isinstance(value, bool):
@@ -67,5 +67,5 @@ def _converted(name: str, value: Any, wanted: type) -> Any:
         with suppress(ValueError):
             return float(value)
     if type(value) is not wanted:
-        raise ValueError(f"`{name}` must be of type {wanted.__name__}; got {name}={value!r}.")
+        raise ValueError(f"`{name}` must be of type {wanted.__name__}; got {name}={value!r} in {path!r}.")
     return value
