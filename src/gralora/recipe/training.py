@@ -26,7 +26,7 @@ from gralora.recipe.run_folder import RunFolder, explaining_full_disk, write_jso
 from gralora.recipe.scoring import Score, score_exact_match
 from gralora.recipe.steps import StepCallback
 from gralora.recipe.tasks import support_rows
-from gralora.tuner.layer import GraloraLayer
+from gralora.tuner.layer import gralora_layers
 
 
 def train(options: TrainingOptions, reporter: Reporter | None = None) -> TrainingResult:
@@ -174,7 +174,7 @@ class _Run:
 
     def _summary(self, trainer: Any, encoded: EncodedRows, eval_rows: list[Row], first_step: int) -> RunSummary:
         options = self.options
-        layers = {name: m for name, m in self.model.named_modules() if isinstance(m, GraloraLayer)}
+        layers = gralora_layers(self.model)
         trainable, everything = self.model.get_nb_trainable_parameters()
         return RunSummary(
             model=options.model,

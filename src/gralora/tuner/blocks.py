@@ -102,7 +102,7 @@ def exchange(h: Inexact[Tensor, "k t r"]) -> Inexact[Tensor, "k t r"]:
 
 
 def add(
-    result: Inexact[Tensor, "t out"], x: Inexact[Tensor, "t in"], factors: Factors, scale: float
+    result: Inexact[Tensor, "t out"], x: Inexact[Tensor, "t in"], factors: Factors, scale: float = 1.0
 ) -> Inexact[Tensor, "t out"]:
     """Return `result + update(x)`; `result` is not changed.
 
@@ -122,7 +122,7 @@ def add(
     return result
 
 
-def apply(x: Inexact[Tensor, "*lead in"], factors: Factors, scale: float) -> Inexact[Tensor, "*lead out"]:
+def apply(x: Inexact[Tensor, "*lead in"], factors: Factors, scale: float = 1.0) -> Inexact[Tensor, "*lead out"]:
     """Return the update alone, for any number of leading dimensions, none included.
 
     Raises:

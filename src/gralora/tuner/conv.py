@@ -62,7 +62,7 @@ class Conv(GraloraLayer):
         k = factors.k
         if base.in_channels % k:  # a block may end inside a channel: then as one convolution with ΔW
             identity = torch.eye(self.in_features, dtype=x.dtype, device=x.device)
-            return _convolve(base, x, blocks.apply(identity, factors, 1.0).T, groups=1)
+            return _convolve(base, x, blocks.apply(identity, factors).T, groups=1)
         middle = _exchange(_convolve(base, x, A.mT.flatten(0, 1), groups=k), k, -1 - len(base.kernel_size))
         update = _pointwise(base, middle, B.mT.flatten(0, 1), groups=k)
         if A_general is None or B_general is None:

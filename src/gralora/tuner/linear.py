@@ -35,14 +35,14 @@ class Linear(GraloraLayer):
 
     def update(self, x: Tensor, factors: blocks.Factors) -> Tensor:
         """Return the adapter's output `[..., out]`."""
-        return blocks.apply(x, factors, 1.0)
+        return blocks.apply(x, factors)
 
     def add(self, result: Tensor, x: Tensor, factors: blocks.Factors) -> Tensor:
         """Return `result + update(x)`; in one product where the dtypes agree."""
         if result.dtype != x.dtype:
             return super().add(result, x, factors)
         rows = result.reshape(-1, self.out_features)
-        return blocks.add(rows, x.reshape(-1, self.in_features), factors, 1.0).view(result.shape)
+        return blocks.add(rows, x.reshape(-1, self.in_features), factors).view(result.shape)
 
     def fused(self, x: Tensor, adapter_name: str, factors: blocks.Factors) -> Tensor | None:
         """Return the output of base and adapter as one autograd function, where that is the same function."""
