@@ -17,6 +17,8 @@ from peft.utils import PeftType
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
+from gralora.tuner.blocks import Factors
+
 torch.set_num_threads(2)
 
 
@@ -49,6 +51,16 @@ def one_thread():
 def mlp_config(**changes):
     settings = {"r": 6, "gralora_k": 3, "alpha": 12, "target_modules": ["up", "down"], "init_weights": False}
     return gralora.GraloraConfig(**(settings | changes))
+
+
+def random_factors(k=2, s=2, n=6, m=5, hybrid_r=0, dtype=torch.float64):
+    r = k * s
+    return Factors(
+        A=torch.randn(k, n, r, dtype=dtype),
+        B=torch.randn(k, r, m, dtype=dtype),
+        A_general=torch.randn(hybrid_r, k * n, dtype=dtype) if hybrid_r else None,
+        B_general=torch.randn(k * m, hybrid_r, dtype=dtype) if hybrid_r else None,
+    )
 
 
 def tiny_llama(**changes):
