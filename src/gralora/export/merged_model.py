@@ -1,6 +1,5 @@
-"""Merging an adapter into its base model on disk: a plain transformers model comes out."""
+"""Merging adapters into their base model on disk; the result is a plain transformers model."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +14,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from gralora import pretrained
+from gralora.checks import dtype_named
+from gralora.files.adapter_config import read_gralora_config
 from gralora.files.atomic import appearing, check_output
 from gralora.tuner.layer import GraloraLayer
 from gralora.tuner.merging.quantised import dequantised
@@ -25,16 +26,17 @@ _SAMPLES = 3
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """What to merge into what.
+    """Options of a merge.
 
     Attributes:
         base: Folder, hub name or GGUF file of the base model.
-        adapters: Folders of adapters; their updates are added up.
+        adapters: Folders of the adapters, whose updates are added up.
         output: Folder to write.
         weights: Factor of each adapter's update; all 1 by default.
-        dtype: "float32", "bfloat16", "float16", or "auto": as the base is stored, bfloat16 for a quantised one.
-        requantize: Keep the format of a quantised base, instead of writing 16-bit weights.
-        overwrite: Replace a model that is at `output`.
+        dtype: "float32", "bfloat16", "float16", or "auto" for the stored dtype of the base, and bfloat16 for a
+            quantised base.
+        requantize: Keep the format of a quantised base instead of writing 16-bit weights.
+        overwrite: Replace a model at `output`.
     """
 
     base: str
@@ -48,16 +50,16 @@ class MergeOptions:
 
 @dataclass
 class MergeReport:
-    """What came out.
+    """Result of a merge.
 
     Attributes:
-        output: The folder.
-        layers: How many layers were merged.
-        dtype: Of the weights written.
-        dequantised: The base was quantised and the result is not.
-        deviation: Largest difference of a written weight from base + Δ, over `sampled` layers.
+        output: Folder that was written.
+        layers: Number of merged layers.
+        dtype: Data type of the written weights.
+        dequantised: True if the base was quantised and the result is not.
+        deviation: Largest difference of a written weight from base + Δ, over the `sampled` layers.
         sampled: Names of the layers that were read back.
-        requantisation: Relative error of each merged layer against the exact sum, where it was quantised again.
+        requantisation: Relative error of each layer that was quantised again, against the exact sum.
     """
 
     output: Path
@@ -72,32 +74,41 @@ class MergeReport:
 def merge_to_folder(
     options: MergeOptions, on_layer: Callable[[int, int], None] = lambda done, total: None
 ) -> MergeReport:
-    """Merge adapters into a base model and write it, whole or not at all.
+    """Merge adapters into a base model and write it; the output appears only when it is complete.
 
-    Memory: the model in the dtype that is written, the adapters, and a piece of one layer.
+    Memory: the model in the written dtype, the adapters, and a piece of one layer.
 
     Args:
-        options: What to merge.
-        on_layer: Called after each layer with how many are done, and of how many.
+        options: Options of the merge.
+        on_layer: Called after each layer with the number of merged layers and of all layers.
 
     Raises:
-        ValueError: An option that breaks its rule, or a file that can't be read.
+        FileNotFoundError: The base or an adapter does not exist.
+        ValueError: An option breaks its rule, or a file cannot be read.
     """
     weights = _checked_weights(options)
-    adapters = [_adapter_folder(name) for name in options.adapters]
+    dense_dtype = dtype_named(options.dtype, auto=torch.bfloat16)
+    adapters = [Path(name) for name in options.adapters]
+    for adapter in adapters:
+        read_gralora_config(adapter)
     inputs = (*adapters, *((Path(options.base),) if Path(options.base).exists() else ()))
     output = check_output(options.output, options.overwrite, inputs=inputs, marks=_MODEL_MARKS)
-    base = pretrained.resolve(options.base, pretrained.DTYPES.get(options.dtype, torch.bfloat16))
+    base = pretrained.resolve(options.base, dense_dtype)
     config = AutoConfig.from_pretrained(base.location)
     quantised = getattr(config, "quantization_config", None) is not None
     if options.requantize and not quantised:
         raise ValueError(f"`requantize` needs a quantised base; {options.base!r} is not quantised.")
-    model = _load(base, config, options.dtype, keep_quantised=options.requantize)
+    if quantised:
+        model = _load_quantised(base, config, None if options.requantize else dense_dtype)
+    else:
+        dtype = "auto" if options.dtype == "auto" else dense_dtype
+        model = _model_class(config).from_pretrained(base.location, dtype=dtype)
     tuned = PeftModel.from_pretrained(model, adapters[0], adapter_name="0")
     for number, folder in enumerate(adapters[1:], start=1):
         tuned.load_adapter(folder, adapter_name=str(number))
     names = [str(number) for number in range(len(adapters))]
-    _check_extras(tuned, names)
+    if refusal := _sum_refusal(tuned, names):
+        raise ValueError(refusal)
     layers = {name: m for name, m in tuned.base_model.model.named_modules() if isinstance(m, GraloraLayer)}
     for layer in layers.values():
         for name, weight in zip(names, weights, strict=True):
@@ -114,7 +125,7 @@ def merge_to_folder(
 
 @contextmanager
 def _config_last(model: Any, folder: Path) -> Iterator[None]:
-    """Write `config.json` when all else is written: a folder that a killed run leaves is then no model to anybody."""
+    """Write `config.json` last, so that the folder of a killed run does not load as a model."""
     config = model.config
     kind = type(config)
     config.__class__ = type(kind.__name__, (kind,), {"save_pretrained": lambda *args, **kwargs: None})
@@ -129,36 +140,22 @@ def _checked_weights(options: MergeOptions) -> tuple[float, ...]:
     weights = options.weights or (1.0,) * len(options.adapters)
     if len(weights) != len(options.adapters):
         raise ValueError(
-            f"`weight` must be given once for each adapter; got {len(weights)} for {len(options.adapters)} adapters."
+            f"`weights` must have one value for each adapter; got {len(weights)} for {len(options.adapters)} adapters."
         )
-    if options.dtype != "auto" and options.dtype not in pretrained.DTYPES:
-        raise ValueError(f"`dtype` must be 'auto', 'float32', 'bfloat16' or 'float16'; got dtype={options.dtype!r}.")
     return weights
 
 
-def _adapter_folder(name: str) -> Path:
-    folder = Path(name)
-    try:
-        kind = json.loads((folder / "adapter_config.json").read_text()).get("peft_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"`adapter` must be a folder with an adapter_config.json; {name!r}: {error}") from None
-    if kind != "GRALORA":
-        raise ValueError(f"`adapter` must be a GraLoRA adapter; {name!r} is of type {kind!r}.")
-    return folder
-
-
-def _load(base: pretrained.Source, config: Any, dtype: str, keep_quantised: bool) -> Any:
-    """Return the base model; a quantised one as dense 16-bit weights, unless it is to stay quantised."""
+def _model_class(config: Any) -> Any:
     architectures = getattr(config, "architectures", None) or ["AutoModelForCausalLM"]
-    model_class = getattr(transformers, architectures[0], transformers.AutoModelForCausalLM)
-    wanted = pretrained.DTYPES.get(dtype)
-    quantised = getattr(config, "quantization_config", None) is not None
-    if not quantised:
-        return model_class.from_pretrained(base.location, dtype=wanted or "auto")
-    model = model_class.from_pretrained(base.location)
-    if not keep_quantised:
-        model = model.dequantize().to(wanted or torch.bfloat16)
-    # transformers can't save what it loaded quantised: what reads packed weights has no inverse.
+    return getattr(transformers, architectures[0], transformers.AutoModelForCausalLM)
+
+
+def _load_quantised(base: pretrained.Source, config: Any, dense_dtype: torch.dtype | None) -> Any:
+    """Return a quantised base model with dense weights in `dense_dtype`, or quantised as it is if that is None."""
+    model = _model_class(config).from_pretrained(base.location)
+    if dense_dtype is not None:
+        model = model.dequantize().to(dense_dtype)
+    # transformers cannot save what it loaded quantised: the conversion that reads packed weights has no inverse.
     model._weight_conversions = [
         conversion
         for conversion in getattr(model, "_weight_conversions", None) or []
@@ -171,15 +168,17 @@ def _operations(conversion: Any) -> list[Any]:
     return getattr(conversion, "operations", None) or []
 
 
-def _check_extras(tuned: PeftModel, names: list[str]) -> None:
+def _sum_refusal(tuned: PeftModel, names: list[str]) -> str | None:
+    """Return why the updates of several adapters cannot be added up, or None."""
     if len(names) == 1:
-        return
+        return None
     for name, config in ((name, tuned.peft_config[name]) for name in names):
         if config.modules_to_save or config.bias != "none" or config.trainable_token_indices:
-            raise ValueError(
-                "several adapters can be added up only where they are updates alone; number "
-                f"{int(name) + 1} has whole modules, biases or tokens of its own. Merge it alone."
+            return (
+                f"Several adapters can be added up only if they hold factors alone; number {int(name) + 1} has whole "
+                "modules, biases or tokens of its own. Merge it alone."
             )
+    return None
 
 
 def _merge_layers(
@@ -189,7 +188,7 @@ def _merge_layers(
     report: MergeReport,
     on_layer: Callable[[int, int], None],
 ) -> dict[str, Tensor]:
-    """Merge layer by layer, and return what some of them should be, in float32."""
+    """Merge layer by layer, and return the exact weights of some layers in float32."""
     order = list(layers)
     sampled = {order[i * (len(order) - 1) // max(1, _SAMPLES - 1)] for i in range(_SAMPLES)} if order else set()
     samples = {}
@@ -207,6 +206,7 @@ def _merge_layers(
 
 
 def _exact(layer: GraloraLayer, names: list[str]) -> Tensor:
+    """Return base + Δ in float32, in the shape of the stored weight."""
     quantised = layer.quantization_backend is not None
     weight = dequantised(layer) if quantised else layer.get_base_layer().weight.detach()
     total = weight.float()
@@ -216,7 +216,7 @@ def _exact(layer: GraloraLayer, names: list[str]) -> Tensor:
 
 
 def _save_tokenizer(folder: Path, adapter: Path, base: str) -> None:
-    """Write the tokenizer and its chat template: the adapter's, which training may have changed, or the base's."""
+    """Write the adapter's tokenizer and chat template, which training may have changed, or else the base's."""
     for source in (adapter, base):
         try:
             AutoTokenizer.from_pretrained(source).save_pretrained(folder)
@@ -226,7 +226,7 @@ def _save_tokenizer(folder: Path, adapter: Path, base: str) -> None:
 
 
 def _compare(folder: Path, samples: dict[str, Tensor], report: MergeReport) -> None:
-    """Read some of the written weights back and note the largest deviation from what they should be."""
+    """Read the sampled weights back and note the largest deviation from their exact values."""
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as stored:
             for key in set(stored.keys()) & {f"{name}.weight" for name in samples}:

@@ -1,14 +1,15 @@
-"""Reading an export back and comparing it with the adapter it was made of, in float64."""
+"""Reading an export back and comparing it with its adapter, in float64."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from gralora.files.checkpoint import PREFIX, TensorFile, read_config, tensor_path
+from gralora.files.adapter_config import read_config
+from gralora.files.checkpoint import open_tensors
+from gralora.files.names import LORA_FACTORS, PREFIX, key_of
+from gralora.files.tensors import TensorFile
 from gralora.tuner import blocks
 from gralora.tuner.blocks import Factors
 
@@ -17,12 +18,12 @@ _ROWS = 1024  # of ΔW in memory at once
 
 @dataclass(frozen=True)
 class LayerError:
-    """How far the written ΔW is from the adapter's.
+    """Difference of the written ΔW from that of the adapter.
 
     Attributes:
-        largest: Largest difference of two entries.
+        largest: Largest absolute difference of two entries.
         norm: Frobenius norm of the difference.
-        of: Frobenius norm of ΔW.
+        of: Frobenius norm of the adapter's ΔW.
     """
 
     largest: float
@@ -31,34 +32,39 @@ class LayerError:
 
     @property
     def relative(self) -> float:
-        """`norm / of`."""
+        """`norm / of`, or `norm` if ΔW is zero."""
         return self.norm / self.of if self.of else self.norm
 
 
 class LoraFile:
-    """The factors that a program will read.
+    """The LoRA factors in a written file.
 
     Args:
-        folder: That of a LoRA adapter.
-        tensors: A file without a config instead, whose scale is one.
-        prefix: What the keys begin with.
+        tensors: The file.
+        scale: Factor of the update that the reading program will use.
+        prefix: Prefix of the keys.
     """
 
-    def __init__(self, folder: Path, tensors: Path | None = None, prefix: str = PREFIX) -> None:
-        self._file = TensorFile(tensors or tensor_path(folder))
+    def __init__(self, tensors: TensorFile, scale: float = 1.0, prefix: str = PREFIX) -> None:
+        self.scale = scale
+        self._tensors = tensors
         self._prefix = prefix
-        config = {"lora_alpha": 1, "r": 1} if tensors else read_config(folder)
-        self.scale = config["lora_alpha"] / config["r"]
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
         """Return `lora_A` and `lora_B` of one module in float64."""
-        lora_a, lora_b = (self._file.read(f"{self._prefix}{name}.lora_{x}.weight").double() for x in "AB")
+        lora_a, lora_b = (self._tensors.read(key_of(name, factor, self._prefix)).double() for factor in LORA_FACTORS)
         return lora_a, lora_b
+
+
+def open_lora(folder: Path) -> LoraFile:
+    """Open a folder in PEFT's format, whose config states the scale."""
+    config = read_config(folder)
+    return LoraFile(open_tensors(folder), config["lora_alpha"] / config["r"])
 
 
 @torch.no_grad()
 def compare(factors: Factors, scale: float, written: LoraFile, name: str) -> LayerError:
-    """Return how far the written update of one layer is from that of `factors`, some rows at a time."""
+    """Compare the written update of one layer with that of `factors`, some rows at a time."""
     A, B, A_general, B_general = factors.to(torch.float64)
     lora_a, lora_b = written.pair(name)
     k, m = B.shape[0], B.shape[2]
@@ -75,8 +81,3 @@ def compare(factors: Factors, scale: float, written: LoraFile, name: str) -> Lay
         largest = max(largest, float(difference.abs().max()))
         norm += float(difference.square().sum())
     return LayerError(largest, norm**0.5, of**0.5)
-
-
-def worst(layers: Iterable[Any]) -> Any | None:
-    """Return the layer with the largest measured difference of two entries, or None where none was measured."""
-    return max((layer for layer in layers if layer.measured), key=lambda layer: layer.measured.largest, default=None)

@@ -1,16 +1,15 @@
-"""An adapter in memory, and its two files."""
+"""An adapter in memory that can be written as a folder."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
 from gralora.files.atomic import appearing, check_output
-from gralora.files.checkpoint import CONFIG_NAME
+from gralora.files.names import CONFIG_FILE, TENSOR_FILE
 
 
 @dataclass
@@ -18,22 +17,22 @@ class AdapterFolder:
     """An adapter as PEFT's `from_pretrained` reads it.
 
     Attributes:
-        config: What `adapter_config.json` holds.
-        tensors: What `adapter_model.safetensors` holds.
+        config: Content of `adapter_config.json`.
+        tensors: Content of `adapter_model.safetensors`.
     """
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
 
     def save(self, output: str | Path, overwrite: bool = False) -> Path:
-        """Write the folder; it appears when it is whole.
+        """Write the folder; it appears under its name only when it is complete.
 
         Args:
-            output: A folder that does not exist.
-            overwrite: Replace an adapter that is there.
+            output: Folder to write, which must not exist.
+            overwrite: Replace an adapter at `output`.
 
         Raises:
-            ValueError: It exists, or is no adapter that could be replaced.
+            ValueError: `output` exists and may not be replaced.
         """
         path = check_output(output, overwrite)
         with appearing(path) as folder:
@@ -41,7 +40,7 @@ class AdapterFolder:
         return path
 
     def write(self, folder: Path) -> None:
-        """Write the two files into a new `folder`."""
+        """Create `folder` and write both files, not atomically."""
         folder.mkdir()
-        save_file(self.tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        (folder / CONFIG_NAME).write_text(json.dumps(self.config, indent=2) + "\n")
+        save_file(self.tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
+        (folder / CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n")

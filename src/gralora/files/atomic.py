@@ -1,4 +1,8 @@
-"""Writing a folder or a file so that it appears whole under its name, or not at all."""
+"""Writing folders and files so that they appear complete under their name, or not at all.
+
+`appearing` serves an output that the user names, `appearing_once` an entry of a cache that several processes
+may write at the same time, and `replacing_files` an existing folder whose files are replaced one by one.
+"""
 
 import os
 import shutil
@@ -7,23 +11,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# A folder is replaced only if it holds one of these: `--overwrite` with a mistyped path must not cost a home folder.
-_MARKS = ("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+from gralora.files.names import CONFIG_FILE, DIFFUSERS_FILE, TENSOR_FILE
+
+# Overwriting a mistyped path must not delete a home folder: only a folder with one of these files is replaced.
+_MARKS = (CONFIG_FILE, TENSOR_FILE, DIFFUSERS_FILE)
+_PARTIAL = ".partial-"
 
 
 def check_output(
     output: str | Path, overwrite: bool, inputs: tuple[Path, ...] = (), marks: tuple[str, ...] = _MARKS
 ) -> Path:
-    """Return `output` as a path that may be written; called before any work is done.
+    """Return `output` as a path that may be written. Call this before any expensive work.
 
     Args:
         output: Folder or file to write.
-        overwrite: Replace what is there.
-        inputs: What is read, and must survive.
-        marks: A folder is replaced only if it holds one of these files.
+        overwrite: Allow replacing a file, an empty folder, or a folder with one of `marks`.
+        inputs: Folders and files that are read, which `output` must not replace.
+        marks: Files of which a folder to be replaced must have one.
 
     Raises:
-        ValueError: It exists, or is no export that could be replaced, or is one of the inputs.
+        ValueError: `output` exists and may not be replaced, or holds an input.
     """
     path = Path(output)
     mend(path)
@@ -34,7 +41,7 @@ def check_output(
     if not (path.exists() or path.is_symlink()):
         return path
     if not overwrite:
-        raise ValueError(f"`output` must not exist; got {str(path)!r}. Name another one, or add --overwrite.")
+        raise ValueError(f"`output` must not exist; got {str(path)!r}. Name another one, or pass `overwrite=True`.")
     replaceable = path.is_file() or (
         path.is_dir() and (_is_empty(path) or any((path / mark).is_file() for mark in marks))
     )
@@ -47,10 +54,10 @@ def check_output(
 
 @contextmanager
 def appearing(output: Path) -> Iterator[Path]:
-    """Give a hidden path beside `output` to write a folder or a file to, and move it into place at the end.
+    """Yield a hidden path beside `output` for a new folder or file, and move it to `output` at the end.
 
-    An error removes what was written and leaves what was there before. The old one is moved away first
-    and back if the move fails; nobody ever sees half of either.
+    An error removes what was written and keeps what was at `output` before. An old output is moved away
+    first, and moved back if the second move fails, so that nobody ever sees half of either.
     """
     new_parents = [parent for parent in output.parents if not parent.exists()]
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -71,13 +78,60 @@ def appearing(output: Path) -> Iterator[Path]:
     finally:
         _discard(workshop)
         if not output.exists():
-            with suppress(OSError):  # somebody else put something there
+            with suppress(OSError):  # another process wrote into it
                 for parent in new_parents:
                     parent.rmdir()
 
 
+@contextmanager
+def appearing_once(folder: Path) -> Iterator[Path]:
+    """Yield a new hidden folder beside `folder`, and move it there at the end.
+
+    If another process has written `folder` by then, its folder stays and this one is removed.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Never mended: the processes that share a cache may run on other machines, where their ids mean nothing here.
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        _discard(partial)
+
+
+@contextmanager
+def replacing_files(folder: Path, last: str = CONFIG_FILE) -> Iterator[Path]:
+    """Yield a hidden folder inside the existing `folder`, and move its files into `folder` one by one at the end.
+
+    An error before the first move removes them and changes nothing. The hidden folder is inside, because the
+    parent of `folder` may be on another file system.
+
+    Args:
+        folder: Existing folder.
+        last: Name of the file that is moved last, the one without which readers ignore the others.
+    """
+    partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder))
+    try:
+        yield partial
+        for file in sorted(partial.iterdir(), key=lambda file: (file.name == last, file.name)):
+            os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def discard_unfinished(folder: Path) -> None:
+    """Remove what interrupted runs of `replacing_files` left in `folder`. No other process may be writing there."""
+    for partial in folder.glob(f"{_PARTIAL}*"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def mend(output: Path) -> None:
-    """Clear up after runs that were killed: put an old one back that was moved away, and remove what was unfinished."""
+    """Clean up after killed runs of `appearing`: restore an old output that was moved away, remove unfinished ones."""
     for workshop in output.parent.glob(f".{output.name}.*.partial"):
         owner = workshop.name.removeprefix(f".{output.name}.").split(".")[0]
         if not owner.isdigit() or _is_running(int(owner)):
@@ -89,9 +143,9 @@ def mend(output: Path) -> None:
 
 
 def _discard(workshop: Path) -> None:
-    """Remove a workshop, the configs first: what a kill leaves of it is then no model and no adapter to anybody."""
+    """Delete config files first, so that an interrupted delete leaves nothing loadable."""
     with suppress(OSError):
-        for config in workshop.glob("*/*config.json"):
+        for config in (*workshop.glob("*config.json"), *workshop.glob("*/*config.json")):
             config.unlink(missing_ok=True)
     shutil.rmtree(workshop, ignore_errors=True)
 

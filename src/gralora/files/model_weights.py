@@ -3,23 +3,23 @@
 import json
 from pathlib import Path
 
-from gralora.files.checkpoint import TensorFile
+from gralora.files.tensors import TensorFile
 
 _FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-# Where diffusers keeps a component.
+# diffusers' name for the weights of one component.
 _COMPONENT_FILE = "diffusion_pytorch_model.safetensors"
 
 
 class BaseWeights:
-    """The weights in the safetensors files of a model folder.
+    """The weights in the safetensors files of a model's folder.
 
     Args:
-        folder: That of the model.
+        folder: Folder of the model.
 
     Raises:
-        FileNotFoundError: It has no safetensors file.
-        ValueError: One is damaged.
+        FileNotFoundError: The folder has no safetensors file.
+        ValueError: A file is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -29,7 +29,7 @@ class BaseWeights:
                 names = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
             except (ValueError, KeyError, AttributeError) as error:
                 raise ValueError(
-                    f"{str(folder / _INDEX)!r} must be the index of a model; it can't be read: {error}"
+                    f"{str(folder / _INDEX)!r} must be the index of a model; it cannot be read: {error}"
                 ) from None
         if not names:
             raise FileNotFoundError(f"`base` must be the folder of a model; {str(folder)!r} has no {_FILE}.")
@@ -38,10 +38,10 @@ class BaseWeights:
             self._files |= dict.fromkeys(file.keys(), file)
 
     def norm(self, module: str, shape: tuple[int, int]) -> float | None:
-        """Return the Frobenius norm of a module's weight, or None where there is none of that shape.
+        """Return the Frobenius norm of a module's weight, or None if there is no weight of that shape.
 
-        Files often lack the first part of a module's name (`transformer.` of GPT-2), so what is left
-        without it is tried too.
+        A weight may also be stored transposed, and files often lack the first part of a module's name
+        (`transformer.` of GPT-2), so shorter names are tried too.
         """
         parts = module.split(".")
         for start in range(len(parts)):

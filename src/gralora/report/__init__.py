@@ -1,4 +1,4 @@
-"""What an adapter does to its model: norms, ranks, blocks."""
+"""Reports on an adapter: the norms, ranks and blocks of its update."""
 
 from gralora.report.inspect import LayerReport, Report, inspect
 

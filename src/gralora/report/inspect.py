@@ -1,4 +1,4 @@
-"""The numbers of an adapter, layer by layer, from its files alone."""
+"""Norms, ranks and settings of an adapter, layer by layer, from its files."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -12,6 +12,7 @@ from torch import Tensor
 from gralora.export.engines import VLLM_RANKS, vllm_max_lora_rank
 from gralora.files.checkpoint import Adapter, open_adapter
 from gralora.files.model_weights import BaseWeights
+from gralora.files.names import CONFIG_FILE, TENSOR_FILE
 from gralora.tuner import blocks, svd
 from gralora.tuner.blocks import Factors
 from gralora.tuner.numerics import threads_for
@@ -19,17 +20,20 @@ from gralora.tuner.numerics import threads_for
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One adapted layer.
+    """Measurements of one adapted layer.
 
     Attributes:
         target: Name of the module in the base model.
-        r, hybrid_r, k, scale: Its settings.
+        r: Rank of the blocks.
+        hybrid_r: Rank of the hybrid part.
+        k: Blocks per side.
+        scale: Factor of the update.
         norm: Frobenius norm of ΔW.
-        relative_norm: Divided by that of W; None without the base, or where it has no such weight.
+        relative_norm: Frobenius norm of ΔW divided by that of W; None without the base, or if it has no such weight.
         effective_rank: Exponential of the entropy of the singular values (Roy and Vetterli, EUSIPCO 2007).
-        lora_rank: Of the exact LoRA, `k·r + hybrid_r`.
-        needed_rank: Numerical rank of ΔW: the LoRA rank that loses nothing.
-        parameters: Trained values.
+        lora_rank: Rank of the exact LoRA, `k·r + hybrid_r`.
+        needed_rank: Numerical rank of ΔW, the lowest LoRA rank that loses nothing.
+        parameters: Number of trained values.
     """
 
     target: str
@@ -47,18 +51,18 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """An adapter.
+    """Measurements of an adapter.
 
     Attributes:
-        adapter: Its folder.
-        base_model: The base that it names.
-        layers: One entry a layer.
+        adapter: Folder of the adapter.
+        base_model: Base model that the adapter names.
+        layers: Measurements of each layer.
         norm: Frobenius norm of all updates together.
-        parameters: Trained values in the factors.
-        also_trained: Keys of biases, whole modules and rows of embeddings.
-        bytes: Size of its files.
-        lora_rank: Highest rank over the layers, that of an export.
-        vllm_max_lora_rank: What vLLM's option has to be; None where no value takes the rank.
+        parameters: Number of trained values in the factors.
+        also_trained: Keys of trained biases, whole modules and rows of embeddings.
+        bytes: Size of config and tensor file in bytes.
+        lora_rank: Highest `lora_rank` of a layer, which is the rank of an export.
+        vllm_max_lora_rank: Smallest `--max-lora-rank` of vLLM that takes the rank; None if none does.
     """
 
     adapter: str
@@ -73,34 +77,35 @@ class Report:
 
     @property
     def served_on(self) -> str:
-        """What the adapter can be served on, in a sentence."""
+        """Programs that can serve the adapter, and how, as text."""
         if self.also_trained:
             return (
-                "PEFT and transformers as it is. It holds more than factors, so that LoRA engines take it merged: "
+                "PEFT and transformers as it is. It holds more than factors, so LoRA engines need it merged: "
                 "`gralora merge`."
             )
         others = "SGLang and llama.cpp after `gralora export`"
         if self.vllm_max_lora_rank is None:
             return (
-                f"PEFT and transformers as it is, {others}; vLLM with --max-rank {VLLM_RANKS[-1]} or lower, or merged."
+                f"PEFT and transformers as it is, {others}; vLLM after `gralora export --max-rank {VLLM_RANKS[-1]}` "
+                "or lower, or merged."
             )
         return f"PEFT and transformers as it is, vLLM (--max-lora-rank {self.vllm_max_lora_rank}), {others}."
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON takes it."""
+        """Return all fields and `served_on` as values that JSON can hold."""
         return asdict(self) | {"served_on": self.served_on}
 
 
 def inspect(adapter: str | Path, base: str | Path | None = None) -> Report:
-    """Measure an adapter; the base model is not loaded, its weights are read one by one where it is given.
+    """Measure an adapter. The base model is not loaded; its weights are read one by one if it is given.
 
     Args:
-        adapter: Its folder.
+        adapter: Folder of the adapter.
         base: Folder of the base model, for norms relative to its weights.
 
     Raises:
-        FileNotFoundError: No such folder.
-        ValueError: It is damaged, or not the folder of a GraLoRA adapter.
+        FileNotFoundError: A folder or one of its files is missing.
+        ValueError: A file is damaged, or the adapter is not GraLoRA.
     """
     opened = open_adapter(adapter)
     weights = BaseWeights(Path(base)) if base else None
@@ -114,9 +119,7 @@ def inspect(adapter: str | Path, base: str | Path | None = None) -> Report:
         norm=math.sqrt(sum(layer.norm**2 for layer in layers)),
         parameters=sum(layer.parameters for layer in layers),
         also_trained=opened.extras,
-        bytes=sum(
-            (Path(adapter) / name).stat().st_size for name in ("adapter_config.json", "adapter_model.safetensors")
-        ),
+        bytes=sum((Path(adapter) / name).stat().st_size for name in (CONFIG_FILE, TENSOR_FILE)),
         lora_rank=lora_rank,
         vllm_max_lora_rank=vllm_max_lora_rank(lora_rank),
     )
@@ -124,7 +127,7 @@ def inspect(adapter: str | Path, base: str | Path | None = None) -> Report:
 
 @torch.no_grad()
 def block_norms(factors: Factors, scale: float) -> Float[Tensor, "k k"]:
-    """Return the Frobenius norms of the blocks of ΔW, output block by input block."""
+    """Return the Frobenius norms of the blocks of ΔW; rows are output blocks, columns are input blocks."""
     delta = blocks.dense(factors.to(torch.float64), scale)
     k = factors.k
     return delta.unflatten(0, (k, -1)).unflatten(2, (k, -1)).square().sum((1, 3)).sqrt()
@@ -132,7 +135,7 @@ def block_norms(factors: Factors, scale: float) -> Float[Tensor, "k k"]:
 
 def _measure(adapter: Adapter, name: str, weights: BaseWeights | None) -> LayerReport:
     layer, factors = adapter.layers[name], adapter.factors(name)
-    s = svd.singular_values(factors, layer.settings.scaling)
+    s = svd.singular_values(factors, layer.scale)
     norm = float(s.square().sum().sqrt())
     of = weights.norm(name, (layer.out_features, layer.in_features)) if weights else None
     return LayerReport(
@@ -140,7 +143,7 @@ def _measure(adapter: Adapter, name: str, weights: BaseWeights | None) -> LayerR
         r=layer.settings.r,
         hybrid_r=layer.settings.hybrid_r,
         k=layer.settings.gralora_k,
-        scale=layer.settings.scaling,
+        scale=layer.scale,
         norm=norm,
         relative_norm=norm / of if of else None,
         effective_rank=svd.effective_rank(s),

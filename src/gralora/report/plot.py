@@ -1,4 +1,4 @@
-"""Pictures of an adapter: where its update is, by depth and module, and inside one layer."""
+"""Pictures of the size of an update: by depth and module, and by block inside one layer."""
 
 import re
 from pathlib import Path
@@ -14,16 +14,16 @@ _INDEX = re.compile(r"\.(\d+)\.")
 
 
 def plot(report: Report, output: str | Path, layer: str | None = None, overwrite: bool = False) -> Path:
-    """Write ‖ΔW‖ by depth, a line for each kind of module, and the k×k map of block norms of one layer.
+    """Draw ‖ΔW‖ by depth, a line for each kind of module, and the k×k map of block norms of one layer.
 
     Args:
-        report: Of the adapter.
-        output: `….png` or `….svg`.
-        layer: Whose blocks to show; by default the one with the largest ‖ΔW‖.
+        report: Measurements of the adapter.
+        output: File to write, `….png` or `….svg`.
+        layer: Layer whose blocks are shown; None is the one with the largest ‖ΔW‖.
         overwrite: Replace the file.
 
     Raises:
-        ValueError: Another kind of file, one that exists, or a layer that is not adapted.
+        ValueError: `output` exists or has another suffix, or `layer` is not adapted.
         ImportError: matplotlib is not installed.
     """
     path = check_output(output, overwrite)
@@ -66,7 +66,7 @@ def _draw_depths(axes: Any, report: Report) -> None:
 
 def _draw_blocks(axes: Any, report: Report, target: str) -> None:
     adapter = open_adapter(report.adapter)
-    norms = block_norms(adapter.factors(target), adapter.layers[target].settings.scaling)
+    norms = block_norms(adapter.factors(target), adapter.layers[target].scale)
     image = axes.imshow(norms.numpy(), vmin=0, cmap="viridis")
     axes.set_title(target, fontsize="small")
     axes.set_xlabel("input block j")

@@ -1,50 +1,19 @@
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from adapters import TOKENS, WIDTHS, save_base_and_adapter, save_original, tuned_base
 from conftest import randomise, tiny_llama
-from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from gralora import GraloraConfig, get_peft_model
-from gralora.cli import main
 from gralora.export.merged_model import MergeOptions, merge_to_folder
-from gralora.files.atomic import mend
-
-WIDTHS = {"hidden_size": 64, "intermediate_size": 128}  # bitsandbytes' blocks of 64 must fit the rows
-TOKENS = torch.arange(3, 23)[None]
 
 
 @pytest.fixture
 def folders(tmp_path):
-    base = tiny_llama(**WIDTHS)
-    base.save_pretrained(tmp_path / "base")
-    model = randomise(get_peft_model(base, GraloraConfig(r=8, hybrid_r=2, target_modules=["q_proj", "down_proj"])))
-    model.save_pretrained(tmp_path / "adapter")
-    return tmp_path
-
-
-def tuned(folder, dtype=torch.float32):
-    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype)
-    return PeftModel.from_pretrained(base, folder / "adapter").eval()
-
-
-def run(folder, *arguments, verb="merge"):
-    main([verb, str(folder / "base"), str(folder / "adapter"), str(folder / "out"), *arguments])
-
-
-def test_a_plain_model_comes_out(folders, capsys):
-    with pytest.raises(SystemExit) as ended:
-        run(folders)
-    assert ended.value.code in (None, 0)
-    plain = AutoModelForCausalLM.from_pretrained(folders / "out")
-    torch.testing.assert_close(plain(TOKENS).logits, tuned(folders)(TOKENS).logits, atol=1e-5, rtol=1e-5)
-    out = capsys.readouterr().out
-    assert "Merged 4 layers" in out
-    assert " 3 layers read back: 0.00e+00" in out
-    assert not [entry for entry in os.listdir(folders) if entry.startswith(".")]
+    return save_base_and_adapter(tmp_path)
 
 
 def test_bfloat16_is_rounded_once(folders):
@@ -61,7 +30,7 @@ def test_several_adapters_add_up_with_their_weights(folders):
     second.save_pretrained(folders / "second")
     adapters = (str(folders / "adapter"), str(folders / "second"))
     merge_to_folder(MergeOptions(str(folders / "base"), adapters, str(folders / "out"), weights=(0.5, 2.0)))
-    model = tuned(folders)
+    model = tuned_base(folders)
     model.load_adapter(folders / "second", adapter_name="second")
     model.base_model.set_adapter(["default", "second"])
     for layer in model.modules():
@@ -100,62 +69,19 @@ def test_a_quantised_base_gives_16_bits_unless_asked(quantised, bits, capsys):
     assert close < 0.5
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--dtype", "int4"], "`dtype` must be 'auto'"),
-        (["--weight", "1", "--weight", "2"], "`weight` must be given once for each adapter; got 2 for 1"),
-        (["--requantize"], "`requantize` needs a quantised base"),
-        (["--adapter", "nowhere"], "`adapter` must be a folder with an adapter_config.json; 'nowhere'"),
-    ],
-)
-def test_mistakes_are_named_and_write_nothing(folders, capsys, arguments, message):
-    with pytest.raises(SystemExit) as ended:
-        run(folders, *arguments)
-    assert ended.value.code == 2
-    assert message in capsys.readouterr().err
+def test_an_adapter_with_modules_of_its_own_is_merged_alone(folders):
+    config = GraloraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    get_peft_model(tiny_llama(**WIDTHS), config).save_pretrained(folders / "second")
+    adapters = (str(folders / "adapter"), str(folders / "second"))
+    with pytest.raises(ValueError, match="only if they hold factors alone; number 2 has whole modules"):
+        merge_to_folder(MergeOptions(str(folders / "base"), adapters, str(folders / "out")))
     assert not (folders / "out").exists()
 
 
-def test_an_output_that_exists_is_kept_unless_it_may_be_overwritten(folders, capsys):
-    (folders / "out").mkdir()
-    (folders / "out/config.json").write_text("{}")
-    with pytest.raises(SystemExit):
-        run(folders)
-    assert "`output` must not exist" in capsys.readouterr().err
-    assert (folders / "out/config.json").read_text() == "{}"
-    with pytest.raises(SystemExit):
-        run(folders, "--overwrite")
-    assert AutoModelForCausalLM.from_pretrained(folders / "out")
-    with pytest.raises(SystemExit) as ended:
-        main(["merge", str(folders / "base"), str(folders / "adapter"), str(folders / "base"), "--overwrite"])
-    assert ended.value.code == 2
-
-
-def test_a_non_finite_adapter_is_refused(folders, capsys):
-    from safetensors.torch import load_file, save_file
-
-    file = folders / "adapter/adapter_model.safetensors"
-    tensors = load_file(file)
-    next(iter(tensors.values())).view(-1)[0] = float("nan")
-    save_file(tensors, file)
-    with pytest.raises(SystemExit):
-        run(folders)
-    assert "must be finite" in capsys.readouterr().err
-    assert not (folders / "out").exists()
-
-
-def test_what_a_killed_run_left_is_mended(tmp_path):
-    out = tmp_path / "out"
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    workshop = tmp_path / f".out.{dead.pid}.x.partial"
-    (workshop / "out.old").mkdir(parents=True)
-    (workshop / "out.old/config.json").write_text("old")
-    (workshop / "out").mkdir()
-    mend(out)
-    assert (out / "config.json").read_text() == "old"
-    assert os.listdir(tmp_path) == ["out"]
+def test_the_format_of_the_authors_repository_is_refused(folders):
+    original, _ = save_original(folders / "original")
+    with pytest.raises(ValueError, match="was written by the authors' repository"):
+        merge_to_folder(MergeOptions(str(folders / "base"), (str(original),), str(folders / "out")))
 
 
 MERGES = """

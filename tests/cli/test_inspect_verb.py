@@ -1,0 +1,39 @@
+import json
+
+import pytest
+from adapters import run, save_adapter
+from conftest import tiny_llama
+
+
+@pytest.fixture
+def base(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_adapter(tmp_path / "adapter", hybrid_r=2, alpha=20, target_modules=["q_proj", "down_proj"])
+
+
+def test_the_command_prints_a_table_json_and_a_picture(folder, base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    code, out, _ = run(capsys, "inspect", folder, "--base", base, "--plot", tmp_path / "p.png")
+    assert code == 0
+    for text in ("model.layers.1.mlp.down_proj", "8+2", "4 modules, 2,880 parameters", "served on: PEFT", "wrote"):
+        assert text in out
+    assert (tmp_path / "p.png").is_file()
+    code, out, _ = run(capsys, "inspect", folder, "--json")
+    written = json.loads(out)
+    assert code == 0
+    assert written["layers"][0]["target"] == "model.layers.0.mlp.down_proj"
+    assert written["lora_rank"] == 18
+    assert "vLLM" in written["served_on"]
+
+
+def test_a_damaged_adapter_ends_with_one_line_and_status_2(folder, capsys):
+    (folder / "adapter_model.safetensors").write_bytes(b"not an adapter")
+    code, out, err = run(capsys, "inspect", folder)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1

@@ -1,0 +1,61 @@
+import json
+
+import pytest
+from adapters import save_adapter
+
+from gralora import to_lora
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_adapter(tmp_path / "adapter")
+
+
+def test_output_that_exists_is_kept_unless_overwritten(folder, tmp_path):
+    output = tmp_path / "lora"
+    to_lora(folder, output)
+    (output / "mine.txt").write_text("kept until then")
+    with pytest.raises(ValueError, match=r"`output` must not exist; got .* pass `overwrite=True`"):
+        to_lora(folder, output)
+    assert (output / "mine.txt").exists()
+    to_lora(folder, output, overwrite=True, max_rank=2)
+    assert not (output / "mine.txt").exists()
+    assert json.loads((output / "adapter_config.json").read_text())["r"] == 2
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["adapter", "lora"]
+
+
+def test_only_adapters_are_overwritten_and_never_the_input(folder, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("")
+    with pytest.raises(ValueError, match=r"`output` must hold adapter_config.json or .*; '.*photos' does not"):
+        to_lora(folder, tmp_path / "photos", overwrite=True)
+    for output in (folder, tmp_path):
+        with pytest.raises(ValueError, match="`output` must not hold what is read"):
+            to_lora(folder, output, overwrite=True)
+    assert to_lora(folder, folder / "lora").path == folder / "lora"
+
+
+def test_a_failing_write_leaves_what_was_there(folder, tmp_path, monkeypatch):
+    to_lora(folder, tmp_path / "lora")
+    before = (tmp_path / "lora/adapter_model.safetensors").read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("gralora.files.adapter_folder.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        to_lora(folder, tmp_path / "lora", overwrite=True, max_rank=2)
+    assert (tmp_path / "lora/adapter_model.safetensors").read_bytes() == before
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["adapter", "lora"]
+
+
+def test_a_move_that_fails_puts_the_old_one_back(folder, tmp_path, monkeypatch):
+    to_lora(folder, tmp_path / "lora")
+
+    def fail(*args):
+        raise OSError("moving failed")
+
+    monkeypatch.setattr("gralora.files.atomic.os.replace", fail)
+    with pytest.raises(OSError, match="moving failed"):
+        to_lora(folder, tmp_path / "lora", overwrite=True, max_rank=2)
+    assert json.loads((tmp_path / "lora/adapter_config.json").read_text())["r"] == 16

@@ -1,0 +1,106 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from gralora.files.atomic import appearing, appearing_once, check_output, discard_unfinished, mend, replacing_files
+
+
+def test_what_a_killed_run_left_is_mended(tmp_path):
+    out = tmp_path / "out"
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    workshop = tmp_path / f".out.{dead.pid}.x.partial"
+    (workshop / "out.old").mkdir(parents=True)
+    (workshop / "out.old/config.json").write_text("old")
+    (workshop / "out").mkdir()
+    mend(out)
+    assert (out / "config.json").read_text() == "old"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_what_a_running_process_writes_is_left_alone(tmp_path):
+    workshop = tmp_path / f".out.{os.getppid()}.x.partial"
+    workshop.mkdir()
+    mend(tmp_path / "out")
+    assert workshop.is_dir()
+
+
+def test_an_error_removes_the_folders_that_were_made_for_the_output(tmp_path):
+    with pytest.raises(RuntimeError, match="failed"), appearing(tmp_path / "deep/er/out") as hidden:
+        hidden.mkdir()
+        raise RuntimeError("failed")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_link_is_never_replaced(overwrite, tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="`output` must"):
+        check_output(tmp_path / "out", overwrite)
+
+
+def test_a_cached_folder_appears_when_it_is_complete(tmp_path):
+    folder = tmp_path / "cache/model"
+    with appearing_once(folder) as hidden:
+        (hidden / "config.json").write_text("new")
+        assert not folder.exists()
+    assert (folder / "config.json").read_text() == "new"
+    assert folder.stat().st_mode & 0o777 == 0o755
+    assert os.listdir(folder.parent) == ["model"]
+
+
+def test_the_faster_process_wins(tmp_path):
+    folder = tmp_path / "model"
+    with appearing_once(folder) as hidden:
+        (hidden / "config.json").write_text("slow")
+        folder.mkdir()
+        (folder / "config.json").write_text("fast")
+    assert (folder / "config.json").read_text() == "fast"
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_an_error_caches_nothing(tmp_path):
+    with pytest.raises(RuntimeError, match="failed"), appearing_once(tmp_path / "model") as hidden:
+        (hidden / "config.json").write_text("half")
+        raise RuntimeError("failed")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_cached_folder_that_cannot_be_moved_is_an_error(tmp_path):
+    (tmp_path / "model").write_text("a file")
+    with pytest.raises(OSError, match="model"), appearing_once(tmp_path / "model"):
+        pass
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_files_are_replaced_and_the_named_one_last(tmp_path, monkeypatch):
+    (tmp_path / "adapter_config.json").write_text("old")
+    (tmp_path / "README.md").write_text("kept")
+    moved, replace = [], os.replace
+    monkeypatch.setattr("gralora.files.atomic.os.replace", lambda old, new: (moved.append(new.name), replace(old, new)))
+    with replacing_files(tmp_path) as hidden:
+        (hidden / "adapter_config.json").write_text("new")
+        (hidden / "zebra.txt").write_text("new")
+        assert (tmp_path / "adapter_config.json").read_text() == "old"
+    assert moved == ["zebra.txt", "adapter_config.json"]
+    assert (tmp_path / "adapter_config.json").read_text() == "new"
+    assert sorted(os.listdir(tmp_path)) == ["README.md", "adapter_config.json", "zebra.txt"]
+
+
+def test_an_error_replaces_no_file(tmp_path):
+    (tmp_path / "run.json").write_text("old")
+    with pytest.raises(RuntimeError, match="failed"), replacing_files(tmp_path) as hidden:
+        (hidden / "run.json").write_text("new")
+        raise RuntimeError("failed")
+    assert (tmp_path / "run.json").read_text() == "old"
+    assert os.listdir(tmp_path) == ["run.json"]
+
+
+def test_what_a_killed_replacement_left_is_discarded(tmp_path):
+    (tmp_path / ".partial-x").mkdir()
+    (tmp_path / ".partial-x/run.json").write_text("half")
+    (tmp_path / "run.json").write_text("old")
+    discard_unfinished(tmp_path)
+    assert os.listdir(tmp_path) == ["run.json"]

@@ -1,0 +1,115 @@
+import math
+
+import pytest
+import torch
+from adapters import CONV1D, TENSORS, TOKENS, assert_same_outputs, gralora_layers, lora, save_adapter
+from conftest import tiny_gpt2, tiny_llama
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from gralora import from_lora, to_lora
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_adapter(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        (tiny_llama, {}),
+        (tiny_llama, {"use_rslora": True}),
+        (tiny_llama, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}),
+        (tiny_gpt2, {"target_modules": CONV1D, "fan_in_fan_out": True, "bias": "lora_only"}),
+        (tiny_llama, {"modules_to_save": ["lm_head"]}),
+    ],
+    ids=["plain", "rslora", "patterns", "conv1d with biases", "modules"],
+)
+def test_a_lora_becomes_a_gralora_of_the_same_map(make, settings, k, tmp_path, recwarn):
+    model = lora(make, **settings)
+    model.save_pretrained(tmp_path / "lora")
+    adapter = from_lora(tmp_path / "lora", tmp_path / "gralora", k=k)
+    assert (adapter.config["r"], adapter.config["hybrid_r"], adapter.config["gralora_k"]) == (4 * k, 0, k)
+    loaded = PeftModel.from_pretrained(make(), tmp_path / "gralora").eval()
+    assert gralora_layers(loaded)
+    assert_same_outputs(loaded, model)
+
+
+def test_every_block_holds_the_loras_factors():
+    model = lora()
+    tensors = get_peft_model_state_dict(model)
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    lora_a, lora_b = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
+    ours = from_lora(model, k=2).tensors
+    A, B = ours[f"{name}.gralora_A"], ours[f"{name}.gralora_B"]
+    for i in range(2):
+        for j in range(2):
+            assert torch.equal(A[j][:, i * 4 : i * 4 + 4], lora_a[:, j * 16 : j * 16 + 16].T)
+            assert torch.equal(B[i][j * 4 : j * 4 + 4], lora_b[i * 16 : i * 16 + 16].T)
+
+
+def test_a_lora_becomes_the_hybrid_part(tmp_path):
+    model = lora()
+    adapter = from_lora(model, tmp_path / "gralora", k=4, hybrid=True, r=8)
+    assert (adapter.config["r"], adapter.config["hybrid_r"]) == (8, 4)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "gralora", is_trainable=True).eval()
+    assert_same_outputs(loaded, model)
+    loaded(TOKENS, labels=TOKENS).loss.backward()
+    layer = gralora_layers(loaded)[0]
+    assert layer.gralora_A["default"].any()
+    assert not layer.gralora_B["default"].any()
+    assert layer.gralora_B["default"].grad.any()
+
+
+def test_out_and_in_again_is_the_same_map(folder, tmp_path):
+    to_lora(folder, tmp_path / "lora")
+    from_lora(tmp_path / "lora", tmp_path / "again", k=2)
+    models = [PeftModel.from_pretrained(tiny_llama(), path).eval() for path in (folder, tmp_path / "again")]
+    assert_same_outputs(*models)
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "message"),
+    [
+        ({"use_dora": True}, {}, "`use_dora` must not be used in a LoRA to be converted; got use_dora=True"),
+        (
+            {},
+            {"k": 5},
+            r"`k` must divide in_features=48 and out_features=32 at 'model.layers.0.mlp.down_proj'; got k=5",
+        ),
+        ({}, {"k": 0}, "`k` must be a positive integer; got k=0"),
+        ({}, {"r": 4}, "`r` must come with `hybrid`"),
+        ({}, {"hybrid": True, "r": 3}, "`gralora_k` must divide `r`; got gralora_k=2 with r=3"),
+        ({"rank_pattern": {"q_proj": 2}}, {"hybrid": True}, "`hybrid` must be off for a LoRA with `rank_pattern`"),
+        ({"target_modules": ["embed_tokens"]}, {}, "must adapt linear layers alone; got .*lora_embedding_A"),
+    ],
+)
+def test_a_lora_that_cannot_be_converted_is_refused(settings, arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        from_lora(lora(**settings), tmp_path / "out", **arguments)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_damaged_lora_is_refused(tmp_path, folder):
+    lora().save_pretrained(tmp_path / "lora")
+    file = tmp_path / "lora" / TENSORS
+    whole = load_file(file)
+    key = next(key for key in whole if "lora_A" in key)
+    for change, message in (
+        ({key: whole[key][:3].contiguous()}, "must have matrices of one rank"),
+        ({key: whole[key] * math.nan}, "must be finite; it holds nan or inf"),
+    ):
+        save_file(whole | change, file)
+        with pytest.raises(ValueError, match=message):
+            from_lora(tmp_path / "lora")
+    save_file({name: tensor for name, tensor in whole.items() if name != key}, file)
+    with pytest.raises(ValueError, match="must hold `lora_A` and `lora_B` of every adapted module"):
+        from_lora(tmp_path / "lora")
+    wrong = {n: torch.cat([t, t], 0 if "lora_A" in n else 1) for n, t in whole.items()}
+    save_file(wrong, file)
+    with pytest.raises(ValueError, match="must be of rank 4, as its config says; got 8"):
+        from_lora(tmp_path / "lora")
+    with pytest.raises(ValueError, match="must hold a LoRA adapter; its config says peft_type='GRALORA'"):
+        from_lora(folder)
