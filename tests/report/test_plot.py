@@ -25,7 +25,7 @@ def test_pictures(folder, base, tmp_path, suffix):
     assert head.startswith(b"\x89PNG") if suffix == ".png" else b"<svg" in head
     with pytest.raises(ValueError, match="`output` must not exist"):
         plot(report, tmp_path / f"out{suffix}")
-    with pytest.raises(ValueError, match=r"`plot` must end in \.png or \.svg"):
+    with pytest.raises(ValueError, match=r"`output` must end in \.png or \.svg"):
         plot(report, tmp_path / "out.pdf")
     with pytest.raises(ValueError, match=r"`layer` must be an adapted one; got layer='nowhere'. The first is 'model"):
         plot(report, tmp_path / "new.png", layer="nowhere")

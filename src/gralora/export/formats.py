@@ -25,7 +25,7 @@ class Format:
     """One export format.
 
     Attributes:
-        description: What is written, and for which programs.
+        description: Text that says what is written and for which programs.
         export: Function that takes source, output, options, `overwrite` and what `takes` names.
         takes: Names of further arguments of `export`.
         targets: Values of `LoraOptions.target` that the format supports.

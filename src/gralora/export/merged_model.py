@@ -101,12 +101,13 @@ def merge_to_folder(
     if quantised:
         model = _load_quantised(base, config, None if options.requantize else dense_dtype)
     else:
-        dtype = "auto" if options.dtype == "auto" else dense_dtype
-        model = _model_class(config).from_pretrained(base.location, dtype=dtype)
-    tuned = PeftModel.from_pretrained(model, adapters[0], adapter_name="0")
-    for number, folder in enumerate(adapters[1:], start=1):
-        tuned.load_adapter(folder, adapter_name=str(number))
+        model = _model_class(config).from_pretrained(
+            base.location, dtype="auto" if options.dtype == "auto" else dense_dtype
+        )
     names = [str(number) for number in range(len(adapters))]
+    tuned = PeftModel.from_pretrained(model, adapters[0], adapter_name=names[0])
+    for name, folder in zip(names[1:], adapters[1:], strict=True):
+        tuned.load_adapter(folder, adapter_name=name)
     if refusal := _sum_refusal(tuned, names):
         raise ValueError(refusal)
     layers = {name: m for name, m in tuned.base_model.model.named_modules() if isinstance(m, GraloraLayer)}

@@ -28,7 +28,7 @@ def plot(report: Report, output: str | Path, layer: str | None = None, overwrite
     """
     path = check_output(output, overwrite)
     if path.suffix not in _FORMATS:
-        raise ValueError(f"`plot` must end in .png or .svg; got plot={str(path)!r}.")
+        raise ValueError(f"`output` must end in .png or .svg; got output={str(path)!r}.")
     targets = [entry.target for entry in report.layers]
     if layer is not None and layer not in targets:
         raise ValueError(f"`layer` must be an adapted one; got layer={layer!r}. The first is {targets[0]!r}.")
