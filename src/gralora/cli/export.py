@@ -51,6 +51,9 @@ def export(
     if target not in chosen.targets:
         raise ValueError(f"`target` must be {' or '.join(chosen.targets)} for {format}; got target={target!r}.")
     further = {"base": base, "llama_cpp": llama_cpp, "component": component}
+    used = {*chosen.takes, *(("base",) if chosen.engines else ())}
+    if unused := [name for name, value in further.items() if value is not None and name not in used]:
+        raise ValueError(f"`{unused[0]}` must not be given for {format}; got {unused[0]}={further[unused[0]]!r}.")
     taken = {name: further[name] for name in chosen.takes}
     written = chosen.export(adapter, output, options, overwrite=overwrite, **taken)
     _print_errors(written)

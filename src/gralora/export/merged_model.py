@@ -17,7 +17,7 @@ from gralora import pretrained
 from gralora.checks import dtype_named
 from gralora.files.adapter_config import read_gralora_config
 from gralora.files.atomic import appearing, check_output
-from gralora.tuner.layer import GraloraLayer
+from gralora.tuner.layer import GraloraLayer, gralora_layers
 from gralora.tuner.merging.quantised import dequantised
 
 _MODEL_MARKS = ("config.json",)
@@ -110,7 +110,7 @@ def merge_to_folder(
         tuned.load_adapter(folder, adapter_name=name)
     if refusal := _sum_refusal(tuned, names):
         raise ValueError(refusal)
-    layers = {name: m for name, m in tuned.base_model.model.named_modules() if isinstance(m, GraloraLayer)}
+    layers = gralora_layers(tuned.base_model.model)
     for layer in layers.values():
         for name, weight in zip(names, weights, strict=True):
             layer.set_scale(name, weight)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from gralora.files.atomic import replacing_files
 from gralora.recipe.options import PACKAGED_TASK, TrainingOptions
 from gralora.recipe.run_folder import RunFolder, write_json
 
@@ -82,7 +83,7 @@ class RunState:
         }
         if self.before is not None:
             stored["before"] = self.before._asdict()
-        with folder.replacing() as partial:
+        with replacing_files(folder.path) as partial:
             write_json(partial / _RUN_FILE, stored)
 
     def options_refusal(self, given: dict[str, Any]) -> str | None:

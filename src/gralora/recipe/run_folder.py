@@ -10,16 +10,12 @@ A file appears under its name only when it is complete: a run that is killed lea
 
 import errno
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_PARTIAL = ".partial-"
-_ADAPTER_CONFIG = "adapter_config.json"
+from gralora.files.atomic import discard_unfinished, replacing_files
 
 
 class RunFolder:
@@ -46,27 +42,13 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for leftover in self.path.glob(f"{_PARTIAL}*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            with self.replacing():
+            discard_unfinished(self.path)
+            with replacing_files(self.path):
                 pass
         except OSError as error:
             raise RuntimeError(
                 f"`output` must be a folder that can be written; got output={str(self.path)!r}: {error}"
             ) from None
-
-    @contextmanager
-    def replacing(self) -> Iterator[Path]:
-        """Give a hidden folder to write files to; at the end they move into this one, at an error they vanish."""
-        # Inside, since the parent may be another file system.
-        partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=self.path))
-        try:
-            yield partial
-            # The config last: without it there is no adapter here yet.
-            for file in sorted(partial.iterdir(), key=lambda file: file.name == _ADAPTER_CONFIG):
-                os.replace(file, self.path / file.name)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from gralora import pretrained
 from gralora.export import rank_warning
+from gralora.files.atomic import replacing_files
 from gralora.optional import require
 from gralora.recipe import model_card, resume
 from gralora.recipe.data import EncodedRows, Row, encode, parse_rows, read_rows
@@ -236,7 +237,7 @@ class _Run:
             "versions": {name: version(name) for name in ("gralora", "torch", "transformers", "peft", "trl")},
             "losses": result.losses,
         }
-        with self.folder.replacing() as partial:
+        with replacing_files(self.folder.path) as partial:
             if adapter:
                 self._save_adapter(partial)
             write_json(partial / "metrics.json", metrics)
