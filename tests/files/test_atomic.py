@@ -104,3 +104,60 @@ def test_what_a_killed_replacement_left_is_discarded(tmp_path):
     (tmp_path / "run.json").write_text("old")
     discard_unfinished(tmp_path)
     assert os.listdir(tmp_path) == ["run.json"]
+
+
+SAVES = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from torch import nn
+import gralora
+from gralora.files.atomic import replacing_files
+
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+config = gralora.GraloraConfig(r=4, target_modules=["0"], init_weights=False)
+model = gralora.get_peft_model(nn.Sequential(nn.Linear(8, 8)), config)
+
+def save(value, die_at=0):
+    # In a process of its own, which kills itself at the given moment of its file system work.
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
+    calls = 0
+    def watch(event, args):
+        nonlocal calls
+        if event in ("open", "os.rename", "os.mkdir", "os.rmdir") and str(folder) in str(args[0]):
+            calls += 1
+            if calls == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(value)
+    sys.addaudithook(watch)
+    with replacing_files(folder) as partial:
+        model.save_pretrained(partial)
+    os._exit(calls)
+
+from safetensors.torch import load_file
+moments = os.waitstatus_to_exitcode(save(1.0))
+assert moments > 10
+for moment in sorted({1 + i * (moments - 1) // 9 for i in range(10)}):
+    assert save(1.0) >> 8 == moments
+    assert os.waitstatus_to_exitcode(save(2.0, moment)) == -signal.SIGKILL
+    tensors = load_file(folder / "adapter_model.safetensors")
+    values = {float(value) for tensor in tensors.values() for value in tensor.unique()}
+    assert values in ({1.0}, {2.0}), (moment, values)
+    assert gralora.GraloraConfig.from_pretrained(folder).r == 4
+    assert (folder / "README.md").read_text().startswith("---")
+    visible = sorted(entry for entry in os.listdir(folder) if not entry.startswith("."))
+    assert visible == ["README.md", "adapter_config.json", "adapter_model.safetensors"], visible
+print("held at", moments, "moments")
+"""
+
+
+def test_killed_while_the_adapter_is_saved_there_is_the_old_or_the_new(tmp_path):
+    """SIGKILL at ten moments of the file system work."""
+    done = subprocess.run([sys.executable, "-c", SAVES, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "held at" in done.stdout

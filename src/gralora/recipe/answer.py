@@ -11,7 +11,7 @@ import torch
 
 from gralora import pretrained
 from gralora.checks import is_number, require_integer
-from gralora.files.checkpoint import read_config
+from gralora.files.adapter_config import read_config
 from gralora.recipe.data import encode_prompt
 from gralora.recipe.decoding import generate_ids
 from gralora.recipe.progress import Reporter, quiet_libraries
