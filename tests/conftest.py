@@ -19,6 +19,8 @@ from peft.utils import PeftType
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
+from gralora.tuner.blocks import Factors
+
 pytest.register_assert_rewrite("contract")
 torch.set_num_threads(2)
 
@@ -74,6 +76,33 @@ def unchecked_shapes(monkeypatch):
 def mlp_config(**changes):
     settings = {"r": 6, "gralora_k": 3, "alpha": 12, "target_modules": ["up", "down"], "init_weights": False}
     return gralora.GraloraConfig(**(settings | changes))
+
+
+def small_config(**changes):
+    """A small, random adapter for the first layer of an `nn.Sequential`, but for `changes`."""
+    settings = {"r": 4, "alpha": 3.0, "target_modules": ["0"], "init_weights": False}
+    return gralora.GraloraConfig(**(settings | changes))
+
+
+def layer_settings(**changes):
+    """The settings of `small_config` on one layer."""
+    return small_config(**changes).settings_for("0")
+
+
+def adapted_layer(base, **changes):
+    """Put an adapter of `small_config` on `base`, and return the layer."""
+    return gralora.get_peft_model(nn.Sequential(base), small_config(**changes)).base_model.model[0]
+
+
+def random_factors(k=2, s=2, n=6, m=5, hybrid_r=0, dtype=torch.float64):
+    """Random factors of `k` blocks per side, `s` columns for each pair, and blocks of `m` by `n`."""
+    r = k * s
+    return Factors(
+        A=torch.randn(k, n, r, dtype=dtype),
+        B=torch.randn(k, r, m, dtype=dtype),
+        A_general=torch.randn(hybrid_r, k * n, dtype=dtype) if hybrid_r else None,
+        B_general=torch.randn(k * m, hybrid_r, dtype=dtype) if hybrid_r else None,
+    )
 
 
 def tiny_llama(**changes):

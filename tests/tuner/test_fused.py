@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import MLP, mlp_config, tiny_llama
+from conftest import MLP, adapted_layer, mlp_config, random_factors, tiny_llama
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -13,19 +13,10 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from gralora import GraloraConfig, get_peft_model
 from gralora.tuner import fused
 from gralora.tuner.blocks import Factors, add
-from gralora.tuner.config import LayerSettings
-from gralora.tuner.linear import Linear
 
 
 def case(k=2, s=2, n=3, m=4, q=0, t=5, dtype=torch.float64, master=None):
-    master = master or dtype
-    r = k * s
-    factors = Factors(
-        torch.randn(k, n, r, dtype=master),
-        torch.randn(k, r, m, dtype=master),
-        torch.randn(q, k * n, dtype=master) if q else None,
-        torch.randn(k * m, q, dtype=master) if q else None,
-    )
+    factors = random_factors(k, s, n, m, q, master or dtype)
     x = torch.randn(t, k * n, dtype=dtype)
     weight, bias = torch.randn(k * m, k * n, dtype=dtype), torch.randn(k * m, dtype=dtype)
     return x, weight, bias, factors
@@ -243,15 +234,12 @@ def test_selective_checkpointing(saved, mutation, t):
     torch.testing.assert_close(gradients, torch.autograd.grad(layer(x).square().sum(), [x, *wanted]))
 
 
-@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature", "ignore:1 adapted layers cannot be merged")
 @pytest.mark.parametrize("t", [3, 64])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 def test_autocast_leaves_wide_numbers_alone(dtype, t):
-    base = nn.Linear(6, 4, dtype=dtype).requires_grad_(False)
-    layer = Linear(base)
-    layer.add_adapter("default", LayerSettings(4, 2, 3.0, 2, 0.0, False, False))
-    layer.set_adapter("default")
-    x = torch.randn(t, 6, dtype=dtype)
+    layer = adapted_layer(nn.Linear(6, 4, dtype=dtype), hybrid_r=2)
+    base, x = layer.base_layer, torch.randn(t, 6, dtype=dtype)
     for watched in (False, True):
         if watched:
             hook(base)
