@@ -315,6 +315,18 @@ class LayerContract:
             assert_same_bits(before, weights_of(model))
         assert torch.equal(model(x), y)
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_a_merge_of_half_precision_factors_is_computed_in_float32(self, dtype):
+        if not self.rounds_once:
+            pytest.skip("a merged weight is quantised again")
+        layer = layer_of(self.adapt(dtype))
+        for factors in (layer.gralora_A, layer.gralora_B):
+            factors["default"] = factors["default"].to(dtype)
+        delta, exact = layer.get_delta_weight("default"), self.weight(layer.base_layer)
+        assert delta.dtype == torch.float32
+        layer.merge()
+        assert_rounded_once(layer.base_layer.weight, exact + delta)
+
     def test_several_merges_add_up_and_come_off(self):
         model, x = self.adapt_twice(torch.float32), self.make_input(torch.float32)
         layer = layer_of(model)

@@ -96,6 +96,9 @@ WRONG = {
         "get_delta_weight", lambda layer, original: lambda name: original(name).roll(12, 0)
     ),
     "merge_gives_the_outputs_of_the_adapter_and_unmerge_the_same_bits": never_unmerged,
+    "a_merge_of_half_precision_factors_is_computed_in_float32": replaced(
+        "get_delta_weight", lambda layer, original: lambda name: original(name).bfloat16()
+    ),
     "several_merges_add_up_and_come_off": with_output(lambda layer, y: y * (1 + len(layer.merged_adapters))),
     "what_happens_to_the_adapter_while_it_is_merged_does_not_matter": with_output(
         lambda layer, y: y + layer.gralora_B["default"].sum()

@@ -1,12 +1,11 @@
 import copy
-import subprocess
-import sys
 from functools import partial
 
 import pytest
 import torch
 from conftest import MLP, adapted_layer, mlp_config, random_factors, tiny_llama
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -375,43 +374,23 @@ def test_what_is_frozen_saves_no_activation(t, dtype, frozen):
 # Compilers ------------------------------------------------------------------------------------------------------------
 
 
-COMPILE = """
-import sys
-import torch
-from torch import nn
-import gralora
-
-hybrid_r = int(sys.argv[1])
-torch.manual_seed(0)
-base = nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 6))
-config = gralora.GraloraConfig(r=6, gralora_k=3, hybrid_r=hybrid_r, target_modules=["0", "2"], init_weights=False)
-model = gralora.get_peft_model(base, config).base_model.model
-counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-compiled = torch.compile(model, fullgraph=True, backend=counter)
-for t in (5, 7, 9, 11):
-    x = torch.randn(2, t, 12)
-    results = []
-    for function in (model, compiled):
-        model.zero_grad()
-        y = function(x)
-        y.square().sum().backward()
-        results.append((y, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
-    (y, gradients), (compiled_y, compiled_gradients) = results
-    torch.testing.assert_close(compiled_y, y)
-    assert gradients.keys() == compiled_gradients.keys() and len(gradients) == 2 * (4 if hybrid_r else 2)
-    for name in gradients:
-        torch.testing.assert_close(compiled_gradients[name], gradients[name], atol=1e-4, rtol=1e-4)
-assert counter.frame_count == 2, counter.frame_count  # the first length, then any
-
-model.eval()
-exported = torch.export.export(model, (x,), dynamic_shapes=({1: torch.export.Dim.AUTO},)).module()
-for t in (11, 13):
-    x = torch.randn(2, t, 12)
-    torch.testing.assert_close(exported(x), model(x))
-"""
-
-
-@pytest.mark.parametrize("hybrid_r", ["0", "2"])
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("hybrid_r", [0, 2])
 def test_compiles_whole_once_for_all_lengths_and_exports(hybrid_r):
-    """In a process of its own: the runtime type checks of the tests are not for the compiler."""
-    subprocess.run([sys.executable, "-c", COMPILE, hybrid_r], check=True)
+    model = get_peft_model(MLP(), mlp_config(hybrid_r=hybrid_r)).base_model.model
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    for t in (5, 7, 9, 11):
+        x = torch.randn(2, t, 12)
+        expected, found = (
+            (y := forward(x), *torch.autograd.grad(y.square().sum(), wanted)) for forward in (model, compiled)
+        )
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert counter.frame_count == 2  # the first length, then any
+
+    exported = torch.export.export(model.eval(), (x,), dynamic_shapes=({1: torch.export.Dim.AUTO},)).module()
+    for t in (11, 13):
+        x = torch.randn(2, t, 12)
+        torch.testing.assert_close(exported(x), model(x))

@@ -597,16 +597,6 @@ def test_trainable_tokens_of_a_tied_model_load(low_cpu_mem_usage, tmp_path):
 # Adapters, several of them -------------------------------------------------------------------------------------------
 
 
-def test_delete_leaves_nothing_behind():
-    model = get_peft_model(tiny_llama(), config())
-    model.add_adapter("second", config(r=4))
-    model.delete_adapter("second")
-    for layer in layers(model):
-        for attribute in layer.adapter_layer_names + layer.other_param_names:
-            assert set(getattr(layer, attribute)) <= {"default"}
-    assert all("second" not in name for name in model.state_dict())
-
-
 def test_status_and_disabling():
     model = randomise(get_peft_model(tiny_llama(), config()))
     tokens = torch.arange(8)[None]
@@ -640,11 +630,6 @@ def test_rescale_adapter_scale():
         pass
     with pytest.raises(ValueError, match="multiplier=nan"), rescale_adapter_scale(model, float("nan")):
         pass
-
-
-def test_low_cpu_mem_usage_allocates_on_meta():
-    model = get_peft_model(MLP(), mlp_config(), low_cpu_mem_usage=True)
-    assert {p.device.type for n, p in model.named_parameters() if "gralora" in n} == {"meta"}
 
 
 def test_inject_adapter_in_model_twice():
