@@ -30,7 +30,7 @@ def test_factor_dict_reads_like_a_parameter_dict():
 @pytest.mark.parametrize("module", [nn.LayerNorm(4), nn.Bilinear(4, 4, 4), nn.LSTM(4, 4)], ids=str)
 def test_modules_of_no_kind_are_refused_by_name(module):
     model = nn.Sequential(module)
-    with pytest.raises(TypeError, match=f"'0' can't be adapted: .*got {type(module).__name__}"):
+    with pytest.raises(TypeError, match=f"'0' can(not|'t) be adapted: .*got {type(module).__name__}"):
         get_peft_model(model, small_config())
     assert model[0] is module
 
