@@ -44,7 +44,7 @@ class MLP(nn.Module):
 
 @pytest.fixture
 def one_thread():
-    # Models of this size are fastest so, and several processes on few processors do not wait for each other.
+    # Small models are fastest on one thread, and parallel processes then do not wait for each other.
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -169,7 +169,7 @@ def randomise(model, std=0.05):
 
 
 def weights_of(model):
-    """A copy of every tensor of `model` that is no adapter's, by name."""
+    """Return a copy of every tensor of `model` that belongs to no adapter, by name."""
     return {name: t.detach().clone() for name, t in model.state_dict().items() if "gralora_" not in name}
 
 

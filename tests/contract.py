@@ -188,12 +188,12 @@ class LayerContract:
         assert not y.requires_grad
         assert_near(y, expected, self.exact_dtype)
 
-    def test_an_output_that_the_base_keeps_is_not_changed(self):
-        layer, x = layer_of(self.adapt(torch.float32, hybrid_r=2)), self.make_input(torch.float32)
-        kept = layer.base_layer(x).detach()
-        layer.base_layer.register_forward_hook(lambda *_: kept)
+    def test_the_hooks_of_the_base_run_and_an_output_that_they_keep_is_not_changed(self):
+        layer, x = layer_of(self.adapt(hybrid_r=2)), self.make_input(self.exact_dtype)
+        kept = 2 * layer.base_layer(x).detach()
         before = kept.clone()
-        layer(x)
+        layer.base_layer.register_forward_hook(lambda *_: kept)
+        assert_near(layer(x), self.expected(layer, x) + self.expected(layer, x, "default"), self.exact_dtype)
         assert torch.equal(kept, before)
 
     def test_one_dropout_draw_feeds_both_parts(self):

@@ -66,7 +66,7 @@ def test_exchange_is_its_own_inverse():
 
 @pytest.mark.parametrize("hybrid_r", [0, 2])
 @pytest.mark.parametrize("k", [1, 2, 3])
-def test_gradients(k, hybrid_r):
+def test_gradcheck(k, hybrid_r):
     factors = random_factors(k, n=2, m=3, hybrid_r=hybrid_r)
     tensors = [t.requires_grad_() for t in factors if t is not None]
     x = torch.randn(4, factors.in_features, dtype=torch.float64, requires_grad=True)

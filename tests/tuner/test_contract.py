@@ -76,8 +76,8 @@ WRONG = {
     "the_output_dtype_under_autocast_is_that_of_the_base": with_output(lambda layer, y: y.float()),
     "a_forward_and_backward_pass_changes_no_weight": weight_moved_by_forward,
     "modes_without_gradients_give_the_same_output": blocks_swapped,
-    "an_output_that_the_base_keeps_is_not_changed": replaced(
-        "forward", lambda layer, original: lambda x: layer.base_layer(x).add_(1)
+    "the_hooks_of_the_base_run_and_an_output_that_they_keep_is_not_changed": replaced(
+        "forward", lambda layer, original: lambda x: layer.base_layer(x).add_(original(x) - layer.base_layer(x))
     ),
     "one_dropout_draw_feeds_both_parts": blocks_swapped,
     "the_holders_of_the_factors_are_called": replaced("forward", lambda layer, original: layer.base_layer.forward),

@@ -46,7 +46,7 @@ def test_output_and_gradients_are_those_of_the_plain_path(k, q, with_dropped, t)
 @pytest.mark.parametrize("few", [0, 100])
 @pytest.mark.parametrize("q", [0, 2])
 @pytest.mark.parametrize("with_dropped", [False, True])
-def test_gradients(q, with_dropped, few, monkeypatch):
+def test_gradcheck(q, with_dropped, few, monkeypatch):
     monkeypatch.setattr(fused, "FEW_TOKENS", few)
     x, weight, bias, factors = case(q=q)
     inputs = [x, torch.randn_like(x), *(f for f in factors if f is not None)]
@@ -84,7 +84,7 @@ def test_half_precision_over_float32_masters(dtype, t):
     exact_grads = torch.autograd.grad(exact.square().mean(), [x, *factors])
     for ours, theirs in zip((y, *grads), (exact, *exact_grads), strict=True):
         error = (ours.double() - theirs.double()).norm() / theirs.double().norm()
-        assert error < 0.02  # a handful of roundings to 8 bits
+        assert error < 0.02  # a few roundings to 8 bits
 
 
 def test_gradients_are_made_only_where_they_are_wanted():
@@ -114,7 +114,7 @@ def layer_and_input(dtype=torch.float32, **changes):
 
 @pytest.mark.parametrize("changes", [{}, {"hybrid_r": 2}, {"gralora_dropout": 0.5}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_plain_frozen_linear_takes_it(calls, dtype, changes):
+def test_a_plain_frozen_linear_takes_the_fast_path(calls, dtype, changes):
     layer, x = layer_and_input(dtype, **changes)
     layer(x)
     assert calls
@@ -122,7 +122,7 @@ def test_a_plain_frozen_linear_takes_it(calls, dtype, changes):
 
 @pytest.mark.parametrize("t", [3, 64])
 @pytest.mark.parametrize("hybrid_r", [0, 2])
-def test_autocast_to_the_dtype_of_the_weight_takes_it(calls, hybrid_r, t):
+def test_autocast_to_the_dtype_of_the_weight_takes_the_fast_path(calls, hybrid_r, t):
     layer, _ = layer_and_input(torch.bfloat16, hybrid_r=hybrid_r)
     x = torch.randn(t, 12, dtype=torch.bfloat16, requires_grad=True)
     gradients = []
@@ -205,7 +205,7 @@ PATCHED = [(nn.Linear, "forward"), (nn.Linear, "__call__"), (nn.Module, "__call_
 
 
 @pytest.mark.parametrize(("owner", "name"), [*PATCHED, (nn.functional, "linear")])
-def test_a_patch_of_a_class_takes_the_plain_path_and_is_heard(calls, owner, name, monkeypatch):
+def test_a_patch_of_a_class_takes_the_plain_path_and_is_called(calls, owner, name, monkeypatch):
     layer, x = layer_and_input()
     original, heard = getattr(owner, name), []
     monkeypatch.setattr(owner, name, lambda *args, **kwargs: heard.append(1) or original(*args, **kwargs))
@@ -236,7 +236,7 @@ def test_selective_checkpointing(saved, mutation, t):
 @pytest.mark.filterwarnings("ignore:Complex modules are a new feature", "ignore:1 adapted layers cannot be merged")
 @pytest.mark.parametrize("t", [3, 64])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
-def test_autocast_leaves_wide_numbers_alone(dtype, t):
+def test_autocast_does_not_touch_float64_and_complex_numbers(dtype, t):
     layer = adapted_layer(nn.Linear(6, 4, dtype=dtype), hybrid_r=2)
     base, x = layer.base_layer, torch.randn(t, 6, dtype=dtype)
     for watched in (False, True):
@@ -260,15 +260,15 @@ def test_a_backward_pass_under_autocast(dtype, t):
         torch.testing.assert_close(torch.autograd.grad(y, wanted, g), expected, atol=0, rtol=0)
 
 
-def test_the_meta_device():
+def test_forward_on_the_meta_device():
     layer = get_peft_model(MLP(), mlp_config()).base_model.model.to("meta")
     assert layer(torch.empty(5, 12, device="meta")).shape == (5, 6)
     hook(layer.up.base_layer)
     assert layer(torch.empty(5, 12, device="meta")).shape == (5, 6)
 
 
-def test_what_the_holders_return_is_what_counts(calls):
-    """A hook of offloading or sharding on a holder runs, and may give another tensor."""
+def test_the_fast_path_uses_what_the_holders_return(calls):
+    """Hooks of offloading and sharding run on the holders, and may return another tensor."""
     layer, x = layer_and_input()
     layer.gralora_B._modules["default"].register_forward_hook(lambda module, args, weight: weight * 0)
     assert torch.equal(layer(x), layer.base_layer(x))
@@ -326,7 +326,7 @@ class Recorder(torch.overrides.TorchFunctionMode):
         return result
 
 
-def test_what_a_function_mode_keeps_is_not_changed(calls):
+def test_an_output_that_a_function_mode_keeps_is_not_changed(calls):
     layer, x = layer_and_input()
     with Recorder() as recorder:
         layer(x)
@@ -357,8 +357,8 @@ def test_no_float32_copy_of_an_activation_is_saved(taken, changes):
 @pytest.mark.parametrize("frozen", ["all", "A", "B"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("t", [20, 64])
-def test_what_is_frozen_saves_no_activation(t, dtype, frozen):
-    """x is kept for A, the middle tensor for B."""
+def test_frozen_factors_save_no_activation(t, dtype, frozen):
+    """The gradient of A needs x, that of B the middle tensor."""
     layer, _ = layer_and_input(dtype, hybrid_r=2)
     for name, p in layer.named_parameters():
         p.requires_grad_("gralora_" in name and frozen != "all" and f"gralora_{frozen}" not in name)

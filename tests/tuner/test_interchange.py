@@ -1,4 +1,4 @@
-"""Checkpoints cross both ways between ours and PEFT's own tuner."""
+"""Checkpoints of this package load in PEFT's own tuner, and the other way round."""
 
 import json
 import subprocess
@@ -103,7 +103,7 @@ def test_gradients_are_those_of_native(case):
             torch.testing.assert_close(parameter.grad, theirs[key].grad, atol=1e-5, rtol=1e-4)
 
 
-def test_a_process_without_gralora_reads_our_files_in_silence(tmp_path):
+def test_a_process_without_gralora_reads_our_files_without_warnings(tmp_path):
     make, settings = CASES["hybrid"]
     base = make()
     base.save_pretrained(tmp_path / "base")

@@ -1,4 +1,4 @@
-"""Derivatives of derivatives through the fast path, by everything in torch that asks for them."""
+"""Second derivatives through the fast path, by every API of torch that computes them."""
 
 import pytest
 import torch

@@ -32,7 +32,7 @@ def make_layer(n_in=64, n_out=48, dtype=torch.bfloat16, k=4, r=8, q=0, ratio=0.1
     st.sampled_from([0, 3]),
     st.integers(1, 40),
 )
-def test_any_size_of_update_comes_off_bit_for_bit(dtype, ratio, k, q, chunk):
+def test_unmerge_restores_the_bits_for_any_size_of_update(dtype, ratio, k, q, chunk):
     layer = make_layer(dtype=dtype, ratio=ratio, k=k, q=q)
     before = layer.base_layer.weight.detach().clone()
     with pytest.MonkeyPatch.context() as patch:
@@ -43,7 +43,7 @@ def test_any_size_of_update_comes_off_bit_for_bit(dtype, ratio, k, q, chunk):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
-def test_odd_values_come_back(dtype):
+def test_special_values_are_restored(dtype):
     layer = make_layer(dtype=dtype)
     info = torch.finfo(dtype)
     with torch.no_grad():
@@ -56,7 +56,7 @@ def test_odd_values_come_back(dtype):
 
 
 @pytest.mark.parametrize("between", ["threads", "precision", "autocast", "adapter", "scale", "delete"])
-def test_what_changes_in_between_does_not_matter(between):
+def test_unmerge_does_not_depend_on_changes_since_the_merge(between):
     layer = make_layer(256, 192, ratio=0.1, r=32)
     before = layer.base_layer.weight.detach().clone()
     layer.merge()
@@ -117,7 +117,7 @@ def test_a_weight_in_the_middle_of_a_buffer_merges(dtype):
 
 @pytest.mark.parametrize(("ratio", "share"), [(0.003, 0.08), (0.01, 0.12), (0.03, 0.25)])
 @pytest.mark.parametrize("dtype", HALF)
-def test_the_way_back_is_small(dtype, ratio, share):
+def test_the_merge_record_is_small(dtype, ratio, share):
     layer = make_layer(1024, 1024, dtype=dtype, ratio=ratio, r=32, k=2)
     layer.merge()
     record = layer._merges[0]
@@ -125,7 +125,7 @@ def test_the_way_back_is_small(dtype, ratio, share):
     assert 0 < record.nbytes <= allowed * layer.base_layer.weight.nbytes
 
 
-def test_the_way_back_never_exceeds_the_weight_and_goes_away():
+def test_the_merge_record_is_no_larger_than_the_weight_and_unmerge_drops_it():
     layer = make_layer(64, 64, ratio=5.0)
     layer.merge()
     record = layer._merges[0]
@@ -134,7 +134,7 @@ def test_the_way_back_never_exceeds_the_weight_and_goes_away():
     assert not layer._merges
 
 
-def test_nothing_of_it_reaches_a_checkpoint(tmp_path):
+def test_the_merge_record_is_not_in_the_state_dict(tmp_path):
     layer = make_layer()
     names = layer.state_dict().keys()
     layer.merge()

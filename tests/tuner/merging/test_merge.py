@@ -87,7 +87,7 @@ def test_without_safe_merge_a_non_finite_adapter_can_be_undone():
     assert_same_bits(before, weights_of(model))
 
 
-def test_unknown_adapter_is_named():
+def test_an_unknown_adapter_name_is_refused():
     model = get_peft_model(MLP(), mlp_config())
     with pytest.raises(ValueError, match=r"must name adapters of this model, \['default'\]; got \['typo'\]"):
         model.merge_adapter(["typo"])
@@ -199,7 +199,7 @@ def test_a_weight_that_cannot_be_rewritten_is_refused_before_anything_changes():
     assert_same_bits(before, weights_of(model))
 
 
-def test_merging_nothing_and_unmerging_nothing_say_so():
+def test_merging_nothing_and_unmerging_nothing_warn():
     model = get_peft_model(MLP(), mlp_config())
     with pytest.warns(UserWarning, match="Already unmerged"):
         model.unmerge_adapter()
