@@ -1,6 +1,8 @@
 import contextlib
 import importlib
+import inspect
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -19,6 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from gralora.tuner.blocks import Factors
 
+pytest.register_assert_rewrite("contract")
 torch.set_num_threads(2)
 
 
@@ -41,11 +44,33 @@ class MLP(nn.Module):
 
 @pytest.fixture
 def one_thread():
-    # Models of this size are fastest so, and several processes on few processors do not wait for each other.
+    # Small models are fastest on one thread, and parallel processes then do not wait for each other.
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def without_shape_checks(value):
+    """Return a function, property or static method without what the import hook put around it."""
+    if isinstance(value, property):
+        return property(without_shape_checks(value.fget))
+    if isinstance(value, staticmethod):
+        return staticmethod(without_shape_checks(value.__func__))
+    while inspect.isfunction(value) and "jaxtyping" in value.__code__.co_filename:
+        value = value.__wrapped__
+    return value
+
+
+@pytest.fixture
+def unchecked_shapes(monkeypatch):
+    """Take the shape checks out of gralora: the compiler cannot trace them."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("gralora.")]
+    classes = {value for module in modules for value in vars(module).values() if inspect.isclass(value)}
+    for owner in (*modules, *(cls for cls in classes if cls.__module__.startswith("gralora."))):
+        for name, value in list(vars(owner).items()):
+            if (plain := without_shape_checks(value)) is not value:
+                monkeypatch.setattr(owner, name, plain)
 
 
 def mlp_config(**changes):
@@ -53,7 +78,24 @@ def mlp_config(**changes):
     return gralora.GraloraConfig(**(settings | changes))
 
 
+def small_config(**changes):
+    """A small, random adapter for the first layer of an `nn.Sequential`, but for `changes`."""
+    settings = {"r": 4, "alpha": 3.0, "target_modules": ["0"], "init_weights": False}
+    return gralora.GraloraConfig(**(settings | changes))
+
+
+def layer_settings(**changes):
+    """The settings of `small_config` on one layer."""
+    return small_config(**changes).settings_for("0")
+
+
+def adapted_layer(base, **changes):
+    """Put an adapter of `small_config` on `base`, and return the layer."""
+    return gralora.get_peft_model(nn.Sequential(base), small_config(**changes)).base_model.model[0]
+
+
 def random_factors(k=2, s=2, n=6, m=5, hybrid_r=0, dtype=torch.float64):
+    """Random factors of `k` blocks per side, `s` columns for each pair, and blocks of `m` by `n`."""
     r = k * s
     return Factors(
         A=torch.randn(k, n, r, dtype=dtype),
@@ -127,7 +169,7 @@ def randomise(model, std=0.05):
 
 
 def weights_of(model):
-    """A copy of every tensor of `model` that is no adapter's, by name."""
+    """Return a copy of every tensor of `model` that belongs to no adapter, by name."""
     return {name: t.detach().clone() for name, t in model.state_dict().items() if "gralora_" not in name}
 
 

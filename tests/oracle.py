@@ -24,6 +24,6 @@ def apply(x, A, B, A_general, B_general, scale):
 
 
 def dense(A, B, A_general, B_general, scale):
-    """The matrix of the update `[out, in]`, one basis vector at a time."""
-    identity = torch.eye(A.shape[0] * A.shape[1], dtype=torch.float64)
-    return torch.stack([apply(e, A, B, A_general, B_general, scale) for e in identity], dim=1)
+    """The matrix of the update `[out, in]`: its columns are the updates of the basis vectors."""
+    basis = torch.eye(A.shape[0] * A.shape[1], dtype=torch.float64)
+    return apply(basis, A, B, A_general, B_general, scale).T

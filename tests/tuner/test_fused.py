@@ -1,31 +1,21 @@
 import copy
-import subprocess
-import sys
 from functools import partial
 
 import pytest
 import torch
-from conftest import MLP, mlp_config, tiny_llama
+from conftest import MLP, adapted_layer, mlp_config, random_factors, tiny_llama
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from gralora import GraloraConfig, get_peft_model
 from gralora.tuner import fused
 from gralora.tuner.blocks import Factors, add
-from gralora.tuner.config import LayerSettings
-from gralora.tuner.linear import Linear
 
 
 def case(k=2, s=2, n=3, m=4, q=0, t=5, dtype=torch.float64, master=None):
-    master = master or dtype
-    r = k * s
-    factors = Factors(
-        torch.randn(k, n, r, dtype=master),
-        torch.randn(k, r, m, dtype=master),
-        torch.randn(q, k * n, dtype=master) if q else None,
-        torch.randn(k * m, q, dtype=master) if q else None,
-    )
+    factors = random_factors(k, s, n, m, q, master or dtype)
     x = torch.randn(t, k * n, dtype=dtype)
     weight, bias = torch.randn(k * m, k * n, dtype=dtype), torch.randn(k * m, dtype=dtype)
     return x, weight, bias, factors
@@ -56,7 +46,7 @@ def test_output_and_gradients_are_those_of_the_plain_path(k, q, with_dropped, t)
 @pytest.mark.parametrize("few", [0, 100])
 @pytest.mark.parametrize("q", [0, 2])
 @pytest.mark.parametrize("with_dropped", [False, True])
-def test_gradients(q, with_dropped, few, monkeypatch):
+def test_gradcheck(q, with_dropped, few, monkeypatch):
     monkeypatch.setattr(fused, "FEW_TOKENS", few)
     x, weight, bias, factors = case(q=q)
     inputs = [x, torch.randn_like(x), *(f for f in factors if f is not None)]
@@ -94,7 +84,7 @@ def test_half_precision_over_float32_masters(dtype, t):
     exact_grads = torch.autograd.grad(exact.square().mean(), [x, *factors])
     for ours, theirs in zip((y, *grads), (exact, *exact_grads), strict=True):
         error = (ours.double() - theirs.double()).norm() / theirs.double().norm()
-        assert error < 0.02  # a handful of roundings to 8 bits
+        assert error < 0.02  # a few roundings to 8 bits
 
 
 def test_gradients_are_made_only_where_they_are_wanted():
@@ -124,7 +114,7 @@ def layer_and_input(dtype=torch.float32, **changes):
 
 @pytest.mark.parametrize("changes", [{}, {"hybrid_r": 2}, {"gralora_dropout": 0.5}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_plain_frozen_linear_takes_it(calls, dtype, changes):
+def test_a_plain_frozen_linear_takes_the_fast_path(calls, dtype, changes):
     layer, x = layer_and_input(dtype, **changes)
     layer(x)
     assert calls
@@ -132,7 +122,7 @@ def test_a_plain_frozen_linear_takes_it(calls, dtype, changes):
 
 @pytest.mark.parametrize("t", [3, 64])
 @pytest.mark.parametrize("hybrid_r", [0, 2])
-def test_autocast_to_the_dtype_of_the_weight_takes_it(calls, hybrid_r, t):
+def test_autocast_to_the_dtype_of_the_weight_takes_the_fast_path(calls, hybrid_r, t):
     layer, _ = layer_and_input(torch.bfloat16, hybrid_r=hybrid_r)
     x = torch.randn(t, 12, dtype=torch.bfloat16, requires_grad=True)
     gradients = []
@@ -215,7 +205,7 @@ PATCHED = [(nn.Linear, "forward"), (nn.Linear, "__call__"), (nn.Module, "__call_
 
 
 @pytest.mark.parametrize(("owner", "name"), [*PATCHED, (nn.functional, "linear")])
-def test_a_patch_of_a_class_takes_the_plain_path_and_is_heard(calls, owner, name, monkeypatch):
+def test_a_patch_of_a_class_takes_the_plain_path_and_is_called(calls, owner, name, monkeypatch):
     layer, x = layer_and_input()
     original, heard = getattr(owner, name), []
     monkeypatch.setattr(owner, name, lambda *args, **kwargs: heard.append(1) or original(*args, **kwargs))
@@ -243,15 +233,12 @@ def test_selective_checkpointing(saved, mutation, t):
     torch.testing.assert_close(gradients, torch.autograd.grad(layer(x).square().sum(), [x, *wanted]))
 
 
-@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature", "ignore:1 adapted layers cannot be merged")
 @pytest.mark.parametrize("t", [3, 64])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
-def test_autocast_leaves_wide_numbers_alone(dtype, t):
-    base = nn.Linear(6, 4, dtype=dtype).requires_grad_(False)
-    layer = Linear(base)
-    layer.add_adapter("default", LayerSettings(4, 2, 3.0, 2, 0.0, False, False))
-    layer.set_adapter("default")
-    x = torch.randn(t, 6, dtype=dtype)
+def test_autocast_does_not_touch_float64_and_complex_numbers(dtype, t):
+    layer = adapted_layer(nn.Linear(6, 4, dtype=dtype), hybrid_r=2)
+    base, x = layer.base_layer, torch.randn(t, 6, dtype=dtype)
     for watched in (False, True):
         if watched:
             hook(base)
@@ -273,15 +260,15 @@ def test_a_backward_pass_under_autocast(dtype, t):
         torch.testing.assert_close(torch.autograd.grad(y, wanted, g), expected, atol=0, rtol=0)
 
 
-def test_the_meta_device():
+def test_forward_on_the_meta_device():
     layer = get_peft_model(MLP(), mlp_config()).base_model.model.to("meta")
     assert layer(torch.empty(5, 12, device="meta")).shape == (5, 6)
     hook(layer.up.base_layer)
     assert layer(torch.empty(5, 12, device="meta")).shape == (5, 6)
 
 
-def test_what_the_holders_return_is_what_counts(calls):
-    """A hook of offloading or sharding on a holder runs, and may give another tensor."""
+def test_the_fast_path_uses_what_the_holders_return(calls):
+    """Hooks of offloading and sharding run on the holders, and may return another tensor."""
     layer, x = layer_and_input()
     layer.gralora_B._modules["default"].register_forward_hook(lambda module, args, weight: weight * 0)
     assert torch.equal(layer(x), layer.base_layer(x))
@@ -339,7 +326,7 @@ class Recorder(torch.overrides.TorchFunctionMode):
         return result
 
 
-def test_what_a_function_mode_keeps_is_not_changed(calls):
+def test_an_output_that_a_function_mode_keeps_is_not_changed(calls):
     layer, x = layer_and_input()
     with Recorder() as recorder:
         layer(x)
@@ -370,8 +357,8 @@ def test_no_float32_copy_of_an_activation_is_saved(taken, changes):
 @pytest.mark.parametrize("frozen", ["all", "A", "B"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("t", [20, 64])
-def test_what_is_frozen_saves_no_activation(t, dtype, frozen):
-    """x is kept for A, the middle tensor for B."""
+def test_frozen_factors_save_no_activation(t, dtype, frozen):
+    """The gradient of A needs x, that of B the middle tensor."""
     layer, _ = layer_and_input(dtype, hybrid_r=2)
     for name, p in layer.named_parameters():
         p.requires_grad_("gralora_" in name and frozen != "all" and f"gralora_{frozen}" not in name)
@@ -387,43 +374,23 @@ def test_what_is_frozen_saves_no_activation(t, dtype, frozen):
 # Compilers ------------------------------------------------------------------------------------------------------------
 
 
-COMPILE = """
-import sys
-import torch
-from torch import nn
-import gralora
-
-hybrid_r = int(sys.argv[1])
-torch.manual_seed(0)
-base = nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 6))
-config = gralora.GraloraConfig(r=6, gralora_k=3, hybrid_r=hybrid_r, target_modules=["0", "2"], init_weights=False)
-model = gralora.get_peft_model(base, config).base_model.model
-counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-compiled = torch.compile(model, fullgraph=True, backend=counter)
-for t in (5, 7, 9, 11):
-    x = torch.randn(2, t, 12)
-    results = []
-    for function in (model, compiled):
-        model.zero_grad()
-        y = function(x)
-        y.square().sum().backward()
-        results.append((y, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
-    (y, gradients), (compiled_y, compiled_gradients) = results
-    torch.testing.assert_close(compiled_y, y)
-    assert gradients.keys() == compiled_gradients.keys() and len(gradients) == 2 * (4 if hybrid_r else 2)
-    for name in gradients:
-        torch.testing.assert_close(compiled_gradients[name], gradients[name], atol=1e-4, rtol=1e-4)
-assert counter.frame_count == 2, counter.frame_count  # the first length, then any
-
-model.eval()
-exported = torch.export.export(model, (x,), dynamic_shapes=({1: torch.export.Dim.AUTO},)).module()
-for t in (11, 13):
-    x = torch.randn(2, t, 12)
-    torch.testing.assert_close(exported(x), model(x))
-"""
-
-
-@pytest.mark.parametrize("hybrid_r", ["0", "2"])
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("hybrid_r", [0, 2])
 def test_compiles_whole_once_for_all_lengths_and_exports(hybrid_r):
-    """In a process of its own: the runtime type checks of the tests are not for the compiler."""
-    subprocess.run([sys.executable, "-c", COMPILE, hybrid_r], check=True)
+    model = get_peft_model(MLP(), mlp_config(hybrid_r=hybrid_r)).base_model.model
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    for t in (5, 7, 9, 11):
+        x = torch.randn(2, t, 12)
+        expected, found = (
+            (y := forward(x), *torch.autograd.grad(y.square().sum(), wanted)) for forward in (model, compiled)
+        )
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert counter.frame_count == 2  # the first length, then any
+
+    exported = torch.export.export(model.eval(), (x,), dynamic_shapes=({1: torch.export.Dim.AUTO},)).module()
+    for t in (11, 13):
+        x = torch.randn(2, t, 12)
+        torch.testing.assert_close(exported(x), model(x))

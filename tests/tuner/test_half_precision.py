@@ -1,4 +1,4 @@
-"""What half precision costs: errors against float64, beside those of PEFT's own GraLoRA on the same tensors."""
+"""Errors of half precision against float64, compared with those of PEFT's own GraLoRA on the same tensors."""
 
 import math
 
@@ -68,7 +68,7 @@ def compare(dtype, t, size_of_b, scale=2.0, size_of_g=1e-2, watched=False, autoc
 
 
 def assert_no_worse(own, theirs, slack):
-    """Theirs may be no number, where PEFT's products overflow."""
+    """Their errors are NaN where PEFT's products overflow."""
     worse = {name: (own[name], theirs[name]) for name in own if not own[name] <= bound(theirs[name]) + slack}
     assert not worse
 
@@ -98,7 +98,7 @@ def test_bfloat16_is_as_close_as_the_same_formula_in_bfloat16(watched, autocast,
 @pytest.mark.parametrize("watched", [False, True], ids=["fast path", "plain path"])
 @pytest.mark.parametrize(("scale", "size_of_b"), [(1e6, 1e-7), (3e-6, 1e5), (0.3, 1.0)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_any_scale(dtype, scale, size_of_b, watched):
+def test_half_precision_is_as_close_for_any_scale(dtype, scale, size_of_b, watched):
     own, theirs = compare(dtype, 40, size_of_b, scale, watched=watched, native_autocast=dtype == torch.bfloat16)
     assert_no_worse(own, theirs, slack=1e-6 if dtype == torch.float16 else 5e-4)
 

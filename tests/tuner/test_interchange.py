@@ -1,4 +1,4 @@
-"""Checkpoints cross both ways between ours and PEFT's own tuner."""
+"""Checkpoints of this package load in PEFT's own tuner, and the other way round."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from conftest import get_native_peft_model, native_peft, randomise, tiny_gpt2, tiny_llama
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -103,7 +103,7 @@ def test_gradients_are_those_of_native(case):
             torch.testing.assert_close(parameter.grad, theirs[key].grad, atol=1e-5, rtol=1e-4)
 
 
-def test_a_process_without_gralora_reads_our_files_in_silence(tmp_path):
+def test_a_process_without_gralora_reads_our_files_without_warnings(tmp_path):
     make, settings = CASES["hybrid"]
     base = make()
     base.save_pretrained(tmp_path / "base")
@@ -128,18 +128,6 @@ with torch.no_grad():
 """
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
     close(torch.load(tmp_path / "logits.pt"), expected.detach())
-
-
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_round_trip_is_bit_for_bit(case, tmp_path, low_cpu_mem_usage):
-    make, settings = case
-    model = randomise(get_peft_model(make(), GraloraConfig(**settings))).eval()
-    model.save_pretrained(tmp_path, safe_serialization=True)
-    loaded = PeftModel.from_pretrained(make(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
-    before, after = get_peft_model_state_dict(model), get_peft_model_state_dict(loaded)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[key], after[key]) for key in before)
-    assert torch.equal(model(TOKENS).logits, loaded(TOKENS).logits)
 
 
 def test_transformers_loads_adds_and_saves_adapters(tmp_path):

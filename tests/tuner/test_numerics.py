@@ -37,13 +37,13 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("choose", SETTINGS.values(), ids=SETTINGS)
-def test_every_precision_setting_is_full_inside_and_returns(choose):
+def test_precision_is_full_inside_and_restored_after(choose):
     choose()
     before = precisions()
     with pinned_numerics():
         assert all(torch._C._get_fp32_precision_getter(b, "matmul") in ("none", "ieee") for b in BACKENDS)
     assert precisions() == before
-    # What was inherited still is: a later change of all backends reaches what it reached before.
+    # Inherited settings still are inherited: a later change of all backends has the same effect as before.
     torch.backends.fp32_precision = "none"
     inherited = precisions()
     choose()
@@ -84,7 +84,7 @@ def test_threads_that_merge_take_turns():
 
 
 @pytest.mark.parametrize("flushed", ["merge", "unmerge"])
-def test_denormals_are_kept_and_the_switch_returns(flushed):
+def test_denormals_are_kept_and_the_setting_is_restored(flushed):
     holder = nn.ModuleDict({"layer": nn.Linear(8, 8, bias=False)})
     with torch.no_grad():
         holder["layer"].weight.mul_(1e-39)

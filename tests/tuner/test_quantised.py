@@ -1,4 +1,4 @@
-"""Adapters on quantised bases, each library for real: what can be written merges, and comes back to the same bytes.
+"""Adapters on bases that real libraries quantise: a merge is undone to the same bytes.
 
 bitsandbytes is tested as it is; torchao by running this file once more where it is found. It lies in a folder of its
 own, because transformers and PEFT import it wherever it is installed, and it greets every process with warnings.
@@ -198,10 +198,10 @@ def test_a_refused_merge_leaves_the_packed_bytes(kind):
 
 
 class ForwardOnly(nn.Linear):
-    """Stands for a kernel format that can't be read."""
+    """Stands for a packed format that cannot be read."""
 
 
-def test_a_base_that_cannot_be_written_trains_serves_and_refuses_to_merge(monkeypatch):
+def test_a_base_that_cannot_be_rewritten_trains_and_refuses_to_merge(monkeypatch):
     from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 
     import gralora.tuner.merging.quantised as room

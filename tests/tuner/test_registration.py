@@ -46,7 +46,7 @@ assert state() == ours
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def test_reloading_registers_once_and_what_is_new():
+def test_reloading_registers_the_new_classes_once():
     script = """
 import importlib, peft, gralora, gralora.tuner.config, gralora.tuner.model, gralora.tuner.registration
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as configs

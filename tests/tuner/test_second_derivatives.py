@@ -1,8 +1,8 @@
-"""Derivatives of derivatives through the fast path, by everything in torch that asks for them."""
+"""Second derivatives through the fast path, by every API of torch that computes them."""
 
 import pytest
 import torch
-from conftest import MLP, mlp_config
+from conftest import MLP, adapted_layer, mlp_config
 from torch import autograd, nn
 from torch.autograd import functional
 from torch.func import functional_call
@@ -11,8 +11,6 @@ from torch.utils.checkpoint import checkpoint
 from gralora import get_peft_model
 from gralora.tuner import fused
 from gralora.tuner.blocks import Factors
-from gralora.tuner.config import LayerSettings
-from gralora.tuner.linear import Linear
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True"),
@@ -160,12 +158,11 @@ def test_a_backward_pass_can_be_repeated():
         torch.testing.assert_close(first, differentiable)
 
 
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature", "ignore:1 adapted layers cannot be merged")
 @pytest.mark.parametrize("tokens", [3, 40])
 def test_complex_numbers(tokens):
     """Gradients and second derivatives of a complex layer are those of its dense weight."""
-    layer = Linear(nn.Linear(12, 24, dtype=torch.complex128).requires_grad_(False))
-    layer.add_adapter("default", LayerSettings(6, 2, 12.0, 3, 0.0, False, False))
-    layer.set_adapter("default")
+    layer = adapted_layer(nn.Linear(12, 24, dtype=torch.complex128), r=6, gralora_k=3, hybrid_r=2)
     x = torch.randn(tokens, 12, dtype=torch.complex128, requires_grad=True)
     factors = layer.factors("default")
     blocks_of_a, blocks_of_b = factors.A.view(3, 4, 3, 2), factors.B.view(3, 3, 2, 8)

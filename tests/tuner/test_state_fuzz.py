@@ -1,4 +1,4 @@
-"""Any sequence of what can be done to a model: outputs and base bits are what a plain account of it says.
+"""Random sequences of operations on a model: outputs and base bits must match a simple model of the state.
 
 `GRALORA_FUZZ_SEQUENCES` sets the number of sequences, 200 by default.
 """
@@ -26,7 +26,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 class Tied(nn.Module):
-    """Two adapted layers and one that is left alone and holds the weight of the second."""
+    """Two adapted layers, and one without an adapter that shares the weight of the second."""
 
     def __init__(self, dtype):
         super().__init__()

@@ -1,4 +1,4 @@
-"""TRL and the Trainer on top of ours."""
+"""Training with TRL and with the Trainer of transformers."""
 
 import math
 

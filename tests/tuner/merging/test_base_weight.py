@@ -3,14 +3,12 @@ import pickle
 
 import pytest
 import torch
-from conftest import assert_same_bits, randomise, tiny_llama, weights_of
+from conftest import adapted_layer, assert_same_bits, layer_settings, randomise, tiny_llama, weights_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from gralora import GraloraConfig, GraloraLayer, get_peft_model
-from gralora.tuner.config import LayerSettings
-from gralora.tuner.linear import Linear
 from gralora.tuner.merging import merge as merging
 from gralora.tuner.merging import records, rows
 from gralora.tuner.merging.sharing import UNSHARED
@@ -20,11 +18,7 @@ HALF = [torch.bfloat16, torch.float16]
 
 def make_layer(n_in=64, n_out=48, dtype=torch.bfloat16, k=4, r=8, q=0, ratio=0.1):
     """A layer whose update is `ratio` times as large as its weight, by mean absolute value."""
-    layer = Linear(nn.Linear(n_in, n_out, bias=False, dtype=dtype))
-    layer.add_adapter("default", LayerSettings(r, q, float(r + q), k, 0.0, False, False))
-    layer.set_adapter("default")
-    for name in ("gralora_A", "gralora_B"):
-        getattr(layer, name)["default"] = getattr(layer, name)["default"].float()
+    layer = adapted_layer(nn.Linear(n_in, n_out, bias=False, dtype=dtype), r=r, gralora_k=k, hybrid_r=q)
     change = layer.base_layer.weight.detach().float().abs().mean() / layer.get_delta_weight("default").abs().mean()
     layer.scaling["default"] *= ratio * change.item()
     return layer
@@ -38,7 +32,7 @@ def make_layer(n_in=64, n_out=48, dtype=torch.bfloat16, k=4, r=8, q=0, ratio=0.1
     st.sampled_from([0, 3]),
     st.integers(1, 40),
 )
-def test_any_size_of_update_comes_off_bit_for_bit(dtype, ratio, k, q, chunk):
+def test_unmerge_restores_the_bits_for_any_size_of_update(dtype, ratio, k, q, chunk):
     layer = make_layer(dtype=dtype, ratio=ratio, k=k, q=q)
     before = layer.base_layer.weight.detach().clone()
     with pytest.MonkeyPatch.context() as patch:
@@ -49,7 +43,7 @@ def test_any_size_of_update_comes_off_bit_for_bit(dtype, ratio, k, q, chunk):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
-def test_odd_values_come_back(dtype):
+def test_special_values_are_restored(dtype):
     layer = make_layer(dtype=dtype)
     info = torch.finfo(dtype)
     with torch.no_grad():
@@ -62,7 +56,7 @@ def test_odd_values_come_back(dtype):
 
 
 @pytest.mark.parametrize("between", ["threads", "precision", "autocast", "adapter", "scale", "delete"])
-def test_what_changes_in_between_does_not_matter(between):
+def test_unmerge_does_not_depend_on_changes_since_the_merge(between):
     layer = make_layer(256, 192, ratio=0.1, r=32)
     before = layer.base_layer.weight.detach().clone()
     layer.merge()
@@ -93,9 +87,9 @@ def test_what_changes_in_between_does_not_matter(between):
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float64, torch.float32)])
 @pytest.mark.parametrize("size", [64, 16])  # large factors are kept rounded
 def test_adapters_of_different_dtypes_merge_exactly_and_come_off(dtypes, size):
-    layer = Linear(nn.Linear(size, size, bias=False))
+    layer = adapted_layer(nn.Linear(size, size, bias=False))
     for name, dtype in zip("ab", dtypes, strict=True):
-        layer.add_adapter(name, LayerSettings(2, 0, 2.0, 2, 0.0, False, False))
+        layer.add_adapter(name, layer_settings(r=2))
         for factor in ("gralora_A", "gralora_B"):
             getattr(layer, factor)[name] = getattr(layer, factor)[name].to(dtype)
     layer.set_adapter(["a", "b"])
@@ -123,7 +117,7 @@ def test_a_weight_in_the_middle_of_a_buffer_merges(dtype):
 
 @pytest.mark.parametrize(("ratio", "share"), [(0.003, 0.08), (0.01, 0.12), (0.03, 0.25)])
 @pytest.mark.parametrize("dtype", HALF)
-def test_the_way_back_is_small(dtype, ratio, share):
+def test_the_merge_record_is_small(dtype, ratio, share):
     layer = make_layer(1024, 1024, dtype=dtype, ratio=ratio, r=32, k=2)
     layer.merge()
     record = layer._merges[0]
@@ -131,7 +125,7 @@ def test_the_way_back_is_small(dtype, ratio, share):
     assert 0 < record.nbytes <= allowed * layer.base_layer.weight.nbytes
 
 
-def test_the_way_back_never_exceeds_the_weight_and_goes_away():
+def test_the_merge_record_is_no_larger_than_the_weight_and_unmerge_drops_it():
     layer = make_layer(64, 64, ratio=5.0)
     layer.merge()
     record = layer._merges[0]
@@ -140,7 +134,7 @@ def test_the_way_back_never_exceeds_the_weight_and_goes_away():
     assert not layer._merges
 
 
-def test_nothing_of_it_reaches_a_checkpoint(tmp_path):
+def test_the_merge_record_is_not_in_the_state_dict(tmp_path):
     layer = make_layer()
     names = layer.state_dict().keys()
     layer.merge()
@@ -168,7 +162,7 @@ def test_keep_base_false_is_final():
 @pytest.mark.parametrize("through", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
 def test_copies_of_a_twice_merged_layer_can_be_unmerged(through):
     layer = make_layer(ratio=0.03)
-    layer.add_adapter("second", LayerSettings(4, 1, 1.0, 2, 0.0, False, False))
+    layer.add_adapter("second", layer_settings(hybrid_r=1))
     before = layer.base_layer.weight.detach().clone()
     layer.merge(adapter_names=["default"])
     with pytest.warns(UserWarning, match="additionally"):

@@ -1,4 +1,4 @@
-"""A merge or an unmerge that is stopped at any moment has happened or not, and what is recorded is what is there."""
+"""An interrupted merge or unmerge is complete or has not happened, and the record agrees with the weight."""
 
 import signal
 import time
@@ -113,7 +113,7 @@ def test_a_final_merge_says_which_layers_are_merged(one_thread):
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
 def test_timer_interrupts_at_500_moments(one_thread):
-    """Real signals, which come between any two bytecodes, in torch's Python too."""
+    """Real signals arrive between any two bytecodes, inside torch too."""
     targets = ["q_proj", "v_proj", "down_proj", "lm_head"]
     base = tiny_llama(tie_word_embeddings=True).bfloat16()
     model = randomise(get_peft_model(base, GraloraConfig(r=8, target_modules=targets)))

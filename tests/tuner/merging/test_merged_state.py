@@ -1,4 +1,4 @@
-"""What a merged model is: the outputs of the merge, whatever happens next, and a way back that is whole or refused."""
+"""A merged model keeps the outputs of the merge, whatever happens next; unmerge restores the base or refuses."""
 
 import copy
 
@@ -37,7 +37,7 @@ def rescaled(model, ratio):
 
 
 def merged_with(record):
-    """Return a merged model whose merges kept the way back in a record of this kind."""
+    """Return a merged model whose merge records are of this kind."""
     model = rescaled(wide(), 1000.0 if record == "CopyRecord" else 0.03)
     if record == "SharedRecord":
         layers = model.base_model.model.up, model.base_model.model.down
@@ -140,7 +140,7 @@ def test_a_quantised_base_is_merged_anew_with_the_adapter_of_the_merge():
     assert torch.equal(layer.base_layer.weight.data, original)
 
 
-def test_on_the_meta_device_there_is_no_way_back():
+def test_unmerge_is_refused_after_a_move_to_the_meta_device():
     model = adapted()
     model.merge_adapter()
     model.to("meta")
@@ -186,8 +186,8 @@ def test_an_edit_of_a_quantised_weight_while_merged_is_never_discarded():
         model.unmerge_adapter()
 
 
-def test_products_that_come_out_otherwise_are_found_before_a_row_is_written(monkeypatch):
-    """Another machine, say: the environment differs, and so do the products."""
+def test_products_that_differ_are_detected_before_a_row_is_written(monkeypatch):
+    """On another machine, for example, the environment differs, and so do the products."""
     monkeypatch.setattr(rows, "CHUNK", 256)
     model = merged_with("DenseRecord")
     merged = weights_of(model)

@@ -1,4 +1,4 @@
-"""Weights that more than one module holds: a merge never moves what is not adapted."""
+"""Weights that more than one module holds: a merge changes only the adapted module."""
 
 import copy
 import warnings
