@@ -62,8 +62,8 @@ def test_wrong_values_are_refused(values, message):
 
 
 def test_scaling():
-    assert GraloraConfig(r=32, hybrid_r=16, alpha=96).settings_for("q").scaling == 2.0
-    assert GraloraConfig(r=12, hybrid_r=4, alpha=8, use_rslora=True).settings_for("q").scaling == 2.0
+    assert GraloraConfig(r=32, hybrid_r=16, alpha=96).settings_for("q").scale == 2.0
+    assert GraloraConfig(r=12, hybrid_r=4, alpha=8, use_rslora=True).settings_for("q").scale == 2.0
 
 
 def test_patterns_reach_the_layers_they_match():
@@ -107,7 +107,7 @@ def test_uniform_rslora_is_written_as_plain_alpha(tmp_path, alpha, r, hybrid_r):
     loaded = PeftConfig.from_pretrained(tmp_path)
     assert not loaded.use_rslora
     assert "use_rslora" not in json.loads((tmp_path / "adapter_config.json").read_text())
-    assert loaded.settings_for("q").scaling == pytest.approx(config.settings_for("q").scaling, rel=3e-16)
+    assert loaded.settings_for("q").scale == pytest.approx(config.settings_for("q").scale, rel=3e-16)
 
 
 def test_fields_of_our_own_are_announced_and_survive(tmp_path):

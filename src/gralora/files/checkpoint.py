@@ -41,7 +41,7 @@ class AdaptedLayer:
     @property
     def scale(self) -> float:
         """Factor of the update."""
-        return self.settings.scaling
+        return self.settings.scale
 
     @property
     def rank(self) -> int:

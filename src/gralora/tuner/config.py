@@ -40,7 +40,7 @@ class LayerSettings:
     use_rslora: bool
 
     @property
-    def scaling(self) -> float:
+    def scale(self) -> float:
         """`alpha / (r + hybrid_r)`, or `alpha / sqrt(r + hybrid_r)` with `use_rslora`."""
         rank = self.r + self.hybrid_r
         return self.alpha / (math.sqrt(rank) if self.use_rslora else rank)
@@ -212,7 +212,7 @@ class GraloraConfig(PeftConfig):
         written = super().to_dict()
         if self.use_rslora and not self.rank_pattern and not self.alpha_pattern:
             written["use_rslora"] = False
-            written["alpha"] = _alpha_for_scaling(self.settings_for("").scaling, self.r + self.hybrid_r)
+            written["alpha"] = _alpha_for_scale(self.settings_for("").scale, self.r + self.hybrid_r)
         for name in EXTRA_FIELDS:
             if not written[name]:
                 del written[name]
@@ -293,8 +293,8 @@ def _divisors(number: int) -> str:
     return ", ".join(map(str, divisors(number)))
 
 
-def _alpha_for_scaling(scaling: float, rank: int) -> float:
-    """Return the alpha with `alpha / rank == scaling`, to the last bit where such a float exists."""
-    alpha = scaling * rank
+def _alpha_for_scale(scale: float, rank: int) -> float:
+    """Return the alpha with `alpha / rank == scale`, to the last bit where such a float exists."""
+    alpha = scale * rank
     neighbours = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, 0))
-    return min(neighbours, key=lambda candidate: abs(candidate / rank - scaling))
+    return min(neighbours, key=lambda candidate: abs(candidate / rank - scale))

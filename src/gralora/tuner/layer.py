@@ -177,7 +177,7 @@ class GraloraLayer(MergeableLayer):
         self.hybrid_r[adapter_name] = hybrid_r
         self.alpha[adapter_name] = settings.alpha
         self.gralora_k[adapter_name] = k
-        self.scaling[adapter_name] = self.initial_scaling[adapter_name] = settings.scaling
+        self.scaling[adapter_name] = self.initial_scaling[adapter_name] = settings.scale
         p = settings.gralora_dropout
         self.gralora_dropout[adapter_name] = nn.Dropout(p) if p else nn.Identity()
         # Under accelerate's offloading the base weight itself is on meta; its hook knows where it computes.
