@@ -138,7 +138,7 @@ def _convert(gguf: Path, folder: Path, dtype: torch.dtype) -> None:
         tokenizer = AutoTokenizer.from_pretrained(**where)
         loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     # The loaded model is marked as quantised, and a Trainer refuses it.
-    config = loaded.config
+    config: Any = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     dense = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

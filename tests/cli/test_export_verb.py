@@ -64,10 +64,10 @@ def test_a_damaged_adapter_ends_with_one_line_and_status_2(damage, folder, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--format", "onnx"], "must be one of lora, gguf, diffusers; got format='onnx'."),
-        (["--dtype", "int8"], "must be 'float32', 'bfloat16' or 'float16'; got dtype='int8'."),
-        (["--format", "gguf", "--for", "peft"], "must be serving for gguf; got target='peft'."),
-        (["--for", "ollama"], "must be 'serving' or 'peft'; got target='ollama'."),
+        (["--format", "onnx"], "must be one of lora, gguf, diffusers; got --format 'onnx'."),
+        (["--dtype", "int8"], "must be 'float32', 'bfloat16' or 'float16'; got --dtype 'int8'."),
+        (["--format", "gguf", "--for", "peft"], "must be serving for gguf; got --for 'peft'."),
+        (["--for", "ollama"], "must be 'serving' or 'peft'; got --for 'ollama'."),
     ],
 )
 def test_bad_options_end_with_status_2(arguments, message, folder, tmp_path, capsys):

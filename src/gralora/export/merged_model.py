@@ -173,7 +173,8 @@ def _sum_refusal(tuned: PeftModel, names: list[str]) -> str | None:
     """Return why the updates of several adapters cannot be added up, or None."""
     if len(names) == 1:
         return None
-    for name, config in ((name, tuned.peft_config[name]) for name in names):
+    configs: dict[str, Any] = tuned.peft_config
+    for name, config in ((name, configs[name]) for name in names):
         if config.modules_to_save or config.bias != "none" or config.trainable_token_indices:
             return (
                 f"Several adapters can be added up only if they hold factors alone; number {int(name) + 1} has whole "

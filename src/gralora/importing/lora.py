@@ -15,9 +15,9 @@ from gralora.files.atomic import check_output
 from gralora.files.checkpoint import folders_read, open_tensors, read_model
 from gralora.files.names import GRALORA_FACTORS, LORA_FACTORS, group_keys, key_of
 from gralora.files.tensors import Tensors
-from gralora.tuner import blocks
 from gralora.tuner.blocks import Factors
 from gralora.tuner.config import GraloraConfig, divisors
+from gralora.tuner.initialise import identity_
 
 # Fields of LoRA's config that change the update; all must be off.
 _MUST_BE_OFF = (
@@ -201,5 +201,5 @@ def _beside(lora_a: Float[Tensor, "rank in"], lora_b: Float[Tensor, "out rank"],
     """Keep the LoRA as the hybrid part, with new blocks whose update is zero."""
     A = lora_a.new_empty(k, lora_a.shape[1] // k, r)
     B = lora_b.new_empty(k, r, lora_b.shape[0] // k)
-    blocks.initialise_(Factors(A, B), identity=True)
+    identity_(Factors(A, B))
     return Factors(A, B, lora_a, lora_b)

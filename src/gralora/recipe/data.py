@@ -247,6 +247,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 def _dataset_rows(source: str, option: str) -> Iterator[tuple[str, Any]]:
     require("datasets", extra="train")
     import datasets
+    import datasets.exceptions
 
     name, _, split = source.partition(":") if not os.path.exists(source) else (source, "", "")
     try:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 from torch.nn.modules import linear as _linear_module
 from torch.nn.modules import module as _module
@@ -95,7 +96,7 @@ _TORCHS_OWN = _torchs_own()
 
 def _is_transformed() -> bool:
     """Return whether a functorch transform or forward-mode differentiation is active."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def linear(
@@ -220,7 +221,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         weight, *saved = ctx.saved_tensors
         stored, factors, for_factors = Factors(*saved[:4]), Factors(*saved[4:8]), saved[8:]
-        batched = torch._C._functorch.is_legacy_batchedtensor(g)  # of `is_grads_batched`
+        batched = _functorch.is_legacy_batchedtensor(g)  # of `is_grads_batched`
         with without_autocast(g):
             if torch.is_grad_enabled() or batched or _is_transformed():
                 gradients = _differentiable_gradients(ctx, g, weight, stored, for_factors[0])

@@ -56,7 +56,7 @@ class GraloraModel(BaseTuner):
         with _all_or_nothing(model, self.peft_config, adapter_name):
             config = self.peft_config[adapter_name] = GraloraConfig.adopt(self.peft_config[adapter_name])
             asked, all_linear = config.target_modules, config.asks_for_all_linear
-            config = self._prepare_adapter_config(config, self.get_model_config(model))
+            config: Any = self._prepare_adapter_config(config, self.get_model_config(model))
             model_type = self.get_model_config(model).get("model_type")
             with self._knowing_places(model) as places:
                 found = targets.find_targets(model, places, config, state_dict)

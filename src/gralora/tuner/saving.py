@@ -86,9 +86,10 @@ def gathered(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     whole = {key: t.full_tensor() if isinstance(t, DTensor) else t for key, t in tensors.items()}
     # ZeRO-3 leaves an empty tensor in a parameter's place, and its shape in the parameter.
-    parameters: dict[str, Any] = {
+    named: list[tuple[str, Any]] = list(model.named_parameters())
+    parameters = {
         plain_name(name): p
-        for name, p in model.named_parameters()
+        for name, p in named
         if hasattr(p, "ds_shape") and plain_name(name) in whole and whole[plain_name(name)].shape != p.ds_shape
     }
     if parameters:

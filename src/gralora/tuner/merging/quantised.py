@@ -5,7 +5,6 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import (
     ForwardOnlyQuantizationBackend,
     QuantizationBackend,
@@ -40,7 +39,7 @@ class PackedPlace(NamedTuple):
     attributes: list[tuple[Any, dict[str, Any]]]
 
     @classmethod
-    def now(cls, layer: BaseTunerLayer) -> "PackedPlace":
+    def now(cls, layer: Any) -> "PackedPlace":
         """Return where the packed weight of `layer` is."""
         base = layer.get_base_layer()
         weight = getattr(base, "weight", None)
@@ -63,7 +62,7 @@ class PackedPlace(NamedTuple):
             return as_integers([digest(_unpacked_for_cpu(weight)[0].detach())])
         return as_integers([digest(tensor.detach()) for tensor in _plain_tensors(weight)])
 
-    def put_back(self, layer: BaseTunerLayer) -> None:
+    def put_back(self, layer: Any) -> None:
         """Make this the weight of `layer`, the same objects with the same bits. Doing it again changes nothing."""
         for owner, attributes in self.attributes:
             owner.__dict__.update(attributes)
@@ -91,7 +90,7 @@ class PackedRecord(MergeRecord):
 
 
 def prepare(
-    layer: BaseTunerLayer, names: list[str], parts: list[Part], keep: bool, own_module: nn.Module | None
+    layer: Any, names: list[str], parts: list[Part], keep: bool, own_module: nn.Module | None
 ) -> tuple[Tensor, MergeRecord, Callable[[], None]]:
     """Return the merged weight, its record, and a function that writes it; nothing has changed yet.
 
@@ -130,7 +129,7 @@ def prepare(
     return merged, record, write
 
 
-def dequantised(layer: BaseTunerLayer) -> Tensor:
+def dequantised(layer: Any) -> Tensor:
     """Return the quantised base weight of `layer` as a dense `[out, in]` tensor of its own."""
     base, backend = layer.get_base_layer(), cast(QuantizationBackend, layer.quantization_backend)
     state: Any = getattr(getattr(base, "weight", None), "quant_state", None)

@@ -1,10 +1,9 @@
 """The frozen weight under an adapter: where it is, how it reads as a matrix, and its values at one time."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -46,7 +45,7 @@ class Place(NamedTuple):
     values: Tensor  # of the shape stored here; the parameter itself where nothing has to be written to it
 
     @classmethod
-    def now(cls, layer: BaseTunerLayer) -> "Place":
+    def now(cls, layer: Any) -> "Place":
         """Return where the weight of `layer` is."""
         ref = layer.weight_ref()
         return cls(layer.get_base_layer(), ref, ref.parameter, ref.parameter)
@@ -63,7 +62,7 @@ class Place(NamedTuple):
         """Return hashes of the bits of the weight that is here; records compare them."""
         return fingerprint(self.window.rows)
 
-    def put_back(self, layer: BaseTunerLayer) -> None:
+    def put_back(self, layer: Any) -> None:
         """Make this the weight of `layer`. Doing it again changes nothing."""
         if self.values is not self.parameter:
             overwrite(self.parameter, self.values)
