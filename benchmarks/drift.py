@@ -1,7 +1,7 @@
-"""Is the base still the same after a thousand merges and unmerges?
+"""Measure how much the base weights change over a thousand merges and unmerges.
 
-SmolLM2-135M in bfloat16, adapters on v_proj, beside the same loop on PEFT's own
-GraLoRA. Between two merges the adapter moves, as on-line reinforcement learning does it.
+Runs the same loop with gralora and with PEFT's own GraLoRA: SmolLM2-135M in bfloat16, adapters on v_proj.
+The adapter changes between two merges, as in on-line reinforcement learning.
 
     python benchmarks/drift.py [--cycles 1000] [--targets v_proj]
 """
@@ -21,7 +21,7 @@ def weights_of(model):
 def contestant(name, r, k, targets):
     torch.manual_seed(0)
     model = adapt(name, smollm2(torch.bfloat16).to(device()), r, k, targets)
-    # An update of about 3 % of the weight, by mean absolute value, as training leaves it.
+    # An update of about 3 % of the weight, by mean absolute value, as after training.
     for layer in model.modules():
         if hasattr(layer, "get_delta_weight"):
             share = layer.get_base_layer().weight.detach().abs().mean() / layer.get_delta_weight("default").abs().mean()
@@ -30,7 +30,7 @@ def contestant(name, r, k, targets):
 
 
 def train_on(model):
-    """Move the adapter by half of its size in a random direction and keep the size, as steps of training would."""
+    """Move the adapter by half of its norm in a random direction and keep the norm, as training steps would."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "gralora_" in name:

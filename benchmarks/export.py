@@ -1,10 +1,10 @@
-"""GraLoRA to LoRA: ours against PEFT's `convert_to_lora`, by time, size and error.
+"""Compare gralora's export to LoRA with PEFT's `convert_to_lora`: time, size and error.
 
     python benchmarks/export.py [--threads N] [--quick] [--json FILE]
 
-One table for SmolLM2-135M with an adapter on every linear layer, and one for a single layer of 2048². Both
-conversions start from the same model in memory and end with the tensors in memory. The error is that of
-ΔW in float64, relative to its Frobenius norm.
+Prints one table for SmolLM2-135M with an adapter on every linear layer, and one for a single layer of 2048². Both
+conversions start from the same model in memory and return tensors in memory. The error is that of ΔW in float64,
+relative to its Frobenius norm.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def adapted(model, r, k, alpha, targets):
 
 
 def relative_error(model, tensors, scale):
-    """The error of the LoRA as a whole."""
+    """Return the error over all layers of the LoRA."""
     lost = whole = 0.0
     for name, layer in model.named_modules():
         if isinstance(layer, GraloraLayer):
@@ -53,7 +53,7 @@ def relative_error(model, tensors, scale):
 
 
 def is_copy(model, tensors):
-    """Whether the LoRA holds the values of the adapter, bit for bit, and zeros."""
+    """Return whether the LoRA holds exactly the values of the adapter, bit for bit, and zeros."""
     for name, layer in model.named_modules():
         if isinstance(layer, GraloraLayer):
             for letter, stored in (("A", layer.gralora_A["default"]), ("B", layer.gralora_B["default"])):
@@ -131,7 +131,7 @@ def main():
     config = AutoConfig.for_model(**SMOLLM2.to_dict())
     if arguments.quick:
         config.num_hidden_layers = 2
-    # The values of the base do not matter here, its shapes do.
+    # Only the shapes of the base matter here, not its values.
     base = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model = adapted(base, r=32, k=2, alpha=64, targets="all-linear")
     layers = config.num_hidden_layers

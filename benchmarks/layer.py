@@ -1,7 +1,7 @@
-"""How long does one adapted linear layer take, forward, and forward and backward?
+"""Measure the time of one adapted linear layer: forward, and forward and backward.
 
-Everything takes about 40 minutes on two cores. `--again` measures one shape and dtype and replaces these cells in the
-results: for when something else ran on the machine.
+A full run takes about 40 minutes on two cores. `--again` measures one shape and dtype again and replaces these cells in
+the results. Use it if another process disturbed the measurement.
 
     python benchmarks/layer.py [--rounds 8] [--quick] [--again 2048 2048 float32]
 """
@@ -53,11 +53,12 @@ def measure(n_in, n_out, t, r, k, dtype, rounds):
 
 
 def floor_share(n_in, n_out, t, r, itemsize, phase):
-    """What the adapter must cost at least, in units of the frozen layer.
+    """Return the minimum cost of the adapter, in units of the frozen layer's time.
 
-    Its FLOPs at the frozen layer's rate; with few tokens its float32 factors' bytes at the frozen layer's bandwidth.
+    That is its FLOPs at the frozen layer's rate. With few tokens it is the bytes of its float32 factors at the frozen
+    layer's bandwidth.
     """
-    passes = {"forward": 1.0, "forward+backward": 1.5}[phase]  # the base has 2 products in all, an adapter's side 3
+    passes = {"forward": 1.0, "forward+backward": 1.5}[phase]  # products: 2 of the base, 3 of each factor
     share = r * (n_in + n_out) / (n_in * n_out)
     return passes * share * (4 / itemsize if t <= 16 else 1)
 

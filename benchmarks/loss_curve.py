@@ -1,8 +1,8 @@
-"""Does computing the adapter in bfloat16 change what is learned?
+"""Measure whether computing the adapter in bfloat16 changes the training loss.
 
-The packaged task, SmolLM2-135M in bfloat16, adapters on all linear layers, float32 parameters. The same start and the
-same rows, once here, where activations stay bfloat16, and once in PEFT's GraLoRA, which casts them to float32 for the
-adapter; and here with other seeds, for the noise that a seed makes.
+Trains SmolLM2-135M in bfloat16 on the packaged task, with adapters on all linear layers and float32 parameters.
+gralora keeps activations in bfloat16; PEFT's GraLoRA casts them to float32 for the adapter. Both use the same initial
+values and the same rows. Further seeds of gralora show the variation between seeds.
 
     python benchmarks/loss_curve.py [--steps 200 --batch 2 --seeds 2]
 """
@@ -36,7 +36,7 @@ def make(kind, seed):
 
 
 def batches(rows, steps, batch, seed):
-    """Padded token ids, labels and masks, in an order that the seed makes."""
+    """Yield padded token ids, labels and masks, in an order that depends on the seed."""
     order = random.Random(seed)
     shuffled = []
     while len(shuffled) < steps * batch:

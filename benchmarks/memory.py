@@ -1,7 +1,7 @@
-"""How many bytes does autograd keep for the backward pass of a training step?
+"""Measure the bytes that autograd keeps for the backward pass of a training step.
 
-Unique storages that are no parameters, SmolLM2-135M, all linear layers, 8 × 96 tokens, bfloat16: exact on any
-machine. On a GPU the peak of allocated memory stands beside it.
+Counts unique storages that are not parameters: SmolLM2-135M, all linear layers, 8 × 96 tokens, bfloat16. The result is
+the same on any machine. On a GPU the table also shows the peak of allocated memory.
 
     python benchmarks/memory.py [--r 32 --k 2]
 """

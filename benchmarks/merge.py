@@ -1,6 +1,6 @@
-"""How long do the dense update, a merge and an unmerge take, of one layer and of a whole model?
+"""Measure the time of the dense update, a merge and an unmerge, for one layer and for a whole model.
 
-The updates are of the size that training makes: mean |Δ| is 3 % of mean |W|.
+The updates have the size that training produces: mean |Δ| is 3 % of mean |W|.
 
     python benchmarks/merge.py [--rounds 8]
 """

@@ -1,6 +1,6 @@
-"""How long does a training step of a whole model take?
+"""Measure the time of a training step of a whole model.
 
-SmolLM2-135M, adapters on all linear layers, 8 × 96 tokens, forward, backward and an AdamW step.
+SmolLM2-135M, adapters on all linear layers, 8 × 96 tokens: forward, backward and an AdamW step.
 
     python benchmarks/train_step.py [--rounds 8] [--r 32 --k 2]
 """
@@ -20,7 +20,7 @@ def contestant(name, dtype, r, k):
 
     def step():
         if optimizer is None:
-            # the frozen base with a gradient that reaches its first layer, as an adapter there asks for
+            # Frozen base whose gradient reaches the first layer, as an adapter on that layer requires.
             embedded = model.get_input_embeddings()(tokens).requires_grad_()
             model(inputs_embeds=embedded, labels=tokens, use_cache=False).loss.backward()
             return
@@ -28,7 +28,7 @@ def contestant(name, dtype, r, k):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    # The adapter's products at the rate of the frozen ones: forward, and two backward where those have one.
+    # The adapter's products at the rate of the frozen ones: one forward and two backward; the base has one of each.
     share = 1.5 * sum(p.numel() for p in trainable) / sum(p.numel() for p in matrices)
     return step, share
 

@@ -1,4 +1,4 @@
-"""How many bytes does a merge keep for the way back?
+"""Measure the bytes that a merge keeps for undo, as a share of the size of the weight.
 
 python benchmarks/way_back.py
 """
