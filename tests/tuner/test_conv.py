@@ -1,5 +1,6 @@
 import pytest
 import torch
+from conftest import small_config
 from contract import LayerContract, assert_near, hold, layer_of
 from torch import nn
 from torch.nn import functional
@@ -140,3 +141,17 @@ def test_a_block_may_end_inside_a_channel():
 def test_blocks_that_do_not_divide_the_output_channels_are_refused():
     with pytest.raises(ValueError, match=r"'layer' cannot be adapted: `gralora_k` must divide `out_"):
         get_peft_model(hold(nn.Conv1d(4, 6, 3)), ConvContract().config(k=4))
+
+
+def test_a_convolution_of_another_kind_is_refused():
+    class Doubled(nn.Conv2d):
+        def _conv_forward(self, x, weight, bias):
+            return super()._conv_forward(2 * x, weight, bias)
+
+    with pytest.raises(TypeError, match="PyTorch's own `forward`; Doubled has another one"):
+        get_peft_model(nn.Sequential(Doubled(4, 4, 3)), small_config())
+
+
+def test_a_lazy_layer_must_be_initialised():
+    with pytest.raises(ValueError, match="'0' cannot be adapted: it must be initialised; run one forward pass first"):
+        get_peft_model(nn.Sequential(nn.LazyConv2d(4, 3)), small_config())

@@ -1,10 +1,13 @@
 """Tensor parallelism of transformers: two processes do what one does."""
 
+import pickle
+
 import pytest
 from processes import run_two_processes
 from torch import nn
 
-from gralora.tuner.tensor_parallel import _by_block, placement_of
+from gralora.tuner.kinds import kind_for
+from gralora.tuner.tensor_parallel import Layout, _by_block, parallel, placement_of
 
 SCRIPT = """
 import gralora
@@ -183,3 +186,11 @@ def test_slices_are_cut_along_blocks(features, width):
 
 def test_a_model_of_one_process_is_not_parallel():
     assert placement_of(nn.Sequential(nn.Linear(4, 4)), "0", nn.Linear(4, 4)) is None
+
+
+@pytest.mark.parametrize("base", [nn.Linear(8, 4), nn.Conv2d(8, 4, 3)])
+def test_a_parallel_layer_can_be_pickled(base):
+    layer = parallel(kind_for(base, None))(base, None, Layout.WHOLE, None)
+    copied = pickle.loads(pickle.dumps(layer))
+    assert type(copied) is type(layer)
+    assert copied.state_dict().keys() == layer.state_dict().keys()

@@ -86,7 +86,7 @@ def factor_shapes(
 
 
 def wider(first: torch.dtype, second: torch.dtype) -> torch.dtype:
-    """Return the dtype that holds every value of both. Of 8-bit floats torch itself promotes none."""
+    """Return the dtype that holds every value of both. torch does not promote 8-bit floats, so the other dtype wins."""
     if first.itemsize == 1 or second.itemsize == 1:
         return second if first.itemsize == 1 else first
     return torch.promote_types(first, second)

@@ -47,6 +47,8 @@ class LayerSettings:
 
     def width_refusal(self, in_features: int, out_features: int) -> str | None:
         """Return why these blocks do not fit a weight of these widths, or None where they do."""
+        if not in_features or not out_features:
+            return "it must be initialised; run one forward pass first."
         k, r = self.gralora_k, self.r
         for name, value in (("r", r), ("in_features", in_features), ("out_features", out_features)):
             if value % k:

@@ -40,7 +40,8 @@ class Conv(GraloraLayer):
         """Return why a convolution cannot be adapted, or None."""
         if base.groups > 1:
             return f"a convolution must have groups=1; got groups={base.groups}."
-        if type(base).forward not in {kind.forward for kind in _CONVOLUTIONS}:
+        own = type(base).forward, type(base)._conv_forward
+        if own not in {(kind.forward, kind._conv_forward) for kind in _CONVOLUTIONS}:
             return f"a convolution must have PyTorch's own `forward`; {type(base).__name__} has another one."
         return None
 
@@ -52,17 +53,17 @@ class Conv(GraloraLayer):
     def weight_ref(self) -> WeightRef:
         """Return where the weight is; as a matrix it is `[out, in * prod(kernel)]`."""
         base: Any = self.get_base_layer()
-        kernel = base.in_channels, *base.kernel_size
-        return WeightRef(base, matrix=partial(torch.flatten, start_dim=1), stored=partial(_unflatten, kernel=kernel))
+        stored = partial(torch.unflatten, dim=1, sizes=(-1, *base.kernel_size))
+        return WeightRef(base, matrix=partial(torch.flatten, start_dim=1), stored=stored)
 
     def update(self, x: Tensor, factors: blocks.Factors) -> Tensor:
         """Return the adapter's output `[batch, out, *spatial]`, without `batch` where `x` has none."""
         base: Any = self.get_base_layer()
         A, B, A_general, B_general = factors
         k = factors.k
-        if base.in_channels % k:  # a block may end inside a channel: then as one convolution with ΔW
-            identity = torch.eye(self.in_features, dtype=x.dtype, device=x.device)
-            return _convolve(base, x, blocks.apply(identity, factors).T, groups=1)
+        if base.in_channels % k:  # a block may end inside a channel: compute the update as plain LoRA then
+            lora_A, lora_B = blocks.lora_factors(factors)
+            return _pointwise(base, _convolve(base, x, lora_A, groups=1), lora_B, groups=1)
         middle = _exchange(_convolve(base, x, A.mT.flatten(0, 1), groups=k), k, -1 - len(base.kernel_size))
         update = _pointwise(base, middle, B.mT.flatten(0, 1), groups=k)
         if A_general is None or B_general is None:

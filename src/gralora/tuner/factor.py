@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class Factor(nn.Module):
-    """Holder of one tensor, which calling it returns.
+    """Module that holds one tensor and returns it when called.
 
     A parameter inside a module that is called meets the hooks of accelerate and FSDP, and its name,
     `….gralora_A.default.weight`, is one that TRL finds when it copies an adapter.

@@ -24,7 +24,8 @@ class GraloraLayer(MergeableLayer):
     It holds its base and is no `nn.Linear` itself: tools that swap linears by type find the base.
 
     What differs between kinds of layers is in the hooks that a subclass overrides: `noun`, `covers`, `refusal`,
-    `features`, `weight_ref` and `update`; and `add` and `fused`, where the kind has a faster way.
+    `features`, `weight_ref` and `update`; `compute_dtype` and `inputs`, where x is not what is computed with; `add` and
+    `fused`, where the kind has a faster way.
 
     Attributes:
         gralora_A: Adapter name to parameter `[k, n, r]`.
@@ -38,11 +39,11 @@ class GraloraLayer(MergeableLayer):
     adapter_layer_names = ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general")
     other_param_names = ("r", "hybrid_r", "alpha", "gralora_k", "scaling", "initial_scaling", "gralora_dropout")
     noun: ClassVar[str]  # what an error calls the base layers of this kind, in the plural
-    # Every layer, copies and unpickled ones too; a reload of this module keeps those of the class before.
+    # All living layers, copies and unpickled ones included. Kept when this module is reloaded.
     alive: ClassVar[WeakSet["GraloraLayer"]] = globals().setdefault("_alive", WeakSet())
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Make a layer, and note that it is alive: the garbage collector does not see what `gc.freeze` hides."""
+        """Create a layer and add it to `alive`: `gc` cannot list objects that `gc.freeze` hides."""
         layer = super().__new__(cls)
         cls.alive.add(layer)
         return layer
@@ -79,24 +80,32 @@ class GraloraLayer(MergeableLayer):
         """Return the widths `in, out` of the base weight as a matrix."""
         raise NotImplementedError
 
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        """Return the dtype in which the base layer computes on `x`."""
+        return compute_dtype(x)
+
+    def inputs(self, x: Tensor, adapter_name: str, dtype: torch.dtype) -> Tensor:
+        """Return what `update` gets of `x`: after dropout, in `dtype`."""
+        return self.gralora_dropout[adapter_name](x).to(dtype)
+
     def update(self, x: Tensor, factors: blocks.Factors) -> Tensor:
-        """Return the adapter's output, of the shape of the base's.
+        """Return the adapter's output, in the shape of the base's output.
 
         Args:
-            x: Input after dropout, in the dtype that is computed in.
-            factors: Factors of the same dtype, the B's times the scale.
+            x: Input after dropout, in the compute dtype.
+            factors: Factors in the same dtype; B and B_general are already multiplied by the scale.
         """
         raise NotImplementedError
 
     def add(self, result: Tensor, x: Tensor, factors: blocks.Factors) -> Tensor:
-        """Return `result + update(x, factors)` in the dtype of `result`, which is not changed."""
+        """Return `result + update(x, factors)` in the dtype of `result`. `result` is not modified."""
         return (result + self.update(x, factors)).to(result.dtype)
 
     def fused(self, x: Tensor, adapter_name: str, factors: blocks.Factors) -> Tensor | None:
         """Return the output of the base and one adapter, computed together; None to take the plain path.
 
         Args:
-            x: Input as the layer got it.
+            x: Input of the layer, before dropout.
             adapter_name: Name of the adapter.
             factors: Factors as they are stored.
         """
@@ -140,17 +149,17 @@ class GraloraLayer(MergeableLayer):
         return [name for name in self.active_adapters if name in held and name not in merged]
 
     def _add_update(self, result: Tensor, x: Tensor, adapter_name: str, factors: blocks.Factors) -> Tensor:
-        if result.is_nested:  # PyTorch's transformer encoder packs padded batches so
+        if result.is_nested:  # PyTorch's transformer encoder makes nested tensors of padded batches
             parts = zip(result.unbind(), x.unbind(), strict=True)
             return torch.nested.as_nested_tensor(
                 [self._add_update(*part, adapter_name, factors) for part in parts], layout=result.layout
             )
         # Small tensors follow the big ones: the factors go to the compute dtype; x goes up in float16 alone.
-        dtype = update_dtype(compute_dtype(x), factors)
+        dtype = update_dtype(self.compute_dtype(x), factors)
         scaled = factors.scaled(self.scaling[adapter_name], dtype, x.device)
-        dropped = self.gralora_dropout[adapter_name](x).to(dtype)
+        inputs = self.inputs(x, adapter_name, dtype)
         with without_autocast(x):
-            return self.add(result, dropped, scaled)
+            return self.add(result, inputs, scaled)
 
     def add_adapter(self, adapter_name: str, settings: LayerSettings, on_meta: bool = False) -> None:
         """Create the parameters of one adapter, on the device and in the dtype of the base.
@@ -161,7 +170,7 @@ class GraloraLayer(MergeableLayer):
             on_meta: Create them without storage, to be assigned by loading.
 
         Raises:
-            ValueError: `gralora_k` divides `r` or a width of the layer with a remainder.
+            ValueError: `gralora_k` does not divide `r` or a width of the layer.
         """
         if refusal := settings.width_refusal(self.in_features, self.out_features):
             raise ValueError(refusal)
@@ -214,8 +223,8 @@ class GraloraLayer(MergeableLayer):
 
     def part(self, adapter_name: str) -> Part:
         """Return the factors and the scale of an adapter, as a merge takes them."""
-        # Whatever changes a factor when its holder is called changes it for a forward pass: a merge and a delta are to
-        # agree with that. Of offloaded holders, and of those that FSDP1 wraps, a call would take the tensor away again.
+        # Call the holders, so that a hook or parametrization that changes a factor is seen here as in a forward pass.
+        # Not where calling frees the tensor again: offloaded holders and those wrapped by FSDP1.
         calls = all(
             h is None or (type(h) is Factor and not hasattr(h, "_hf_hook")) for h in self._holders(adapter_name)
         )

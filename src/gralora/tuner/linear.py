@@ -19,7 +19,7 @@ class Linear(GraloraLayer):
     Input `[..., in]`, with any number of leading dimensions, none included; output `[..., out]`.
     """
 
-    noun = "linear layers, quantised or not"
+    noun = "linear layers (quantised or not)"
 
     @classmethod
     def covers(cls, base: nn.Module, backend: QuantizationBackend | None) -> bool:

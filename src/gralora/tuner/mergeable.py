@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor
 
 from gralora.tuner.merging import merge
 from gralora.tuner.merging.dense_update import Part
-from gralora.tuner.merging.quantised import PackedPlace, PackedRecord, packed_weight
+from gralora.tuner.merging.quantised import PackedRecord, PackedState, packed_weight
 from gralora.tuner.merging.records import CHANGED, ForgottenRecord, MergeRecord
 from gralora.tuner.merging.sharing import UNSHARED, Sharing, is_alone, sharing_in
-from gralora.tuner.merging.weight import Place, WeightRef
+from gralora.tuner.merging.weight import WeightRef, WeightState
 
 
 class MergeableLayer(nn.Module, BaseTunerLayer):
@@ -34,7 +34,7 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.quantization_backend = quantization_backend
-        self._sharing = UNSHARED  # as found last, for a layer outside any model
+        self._sharing = UNSHARED  # last known; used when the model is gone
         self._model: weakref.ref[nn.Module] | None = None
         self._merges: list[MergeRecord] = []
 
@@ -70,15 +70,15 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
     def unmerge_refusal(self) -> str | None:
         """Return why the merges cannot be undone, or None.
 
-        Reads the weight once; after several merges it computes their whole undo, and only does not write.
+        Reads the weight once. With several merges it computes the whole undo without writing it.
         """
         if not self._merges:
             return None
         if absence := self._absence_refusal():
             return f"this layer cannot be unmerged: {absence}"
         if len(self._merges) > 1 and (reason := self._history()[1]):
-            return self._no_way_back(reason).undo_refusal(self.place())
-        return self._merges[-1].undo_refusal(self.place())
+            return self._forgotten(reason).undo_refusal(self.weight_state())
+        return self._merges[-1].undo_refusal(self.weight_state())
 
     def _absence_refusal(self) -> str | None:
         if self.quantization_backend is not None:
@@ -87,9 +87,9 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
             return f"{CHANGED}. Load the base model again."
         return merge.absence_refusal(self.weight_ref())
 
-    def place(self) -> Place:
+    def weight_state(self) -> WeightState:
         """Return where the base weight is now."""
-        return Place.now(self) if self.quantization_backend is None else cast(Any, PackedPlace.now(self))
+        return WeightState.of(self) if self.quantization_backend is None else cast(Any, PackedState.of(self))
 
     def note_sharing(self, sharing: Sharing, model: nn.Module) -> None:
         """Remember what other parts of `model` hold of the base."""
@@ -125,12 +125,12 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
             self._sharing = sharing_in(model, [self])[self]
         elif not isinstance(self.weight_ref().parameter, DTensor):
             self._sharing = self._sharing._replace(weight=True)  # unknown: assume that it is shared
-        self.merge_knowing_holders(safe_merge, adapter_names, keep_base, own_weights)
+        self.merge_with_known_sharing(safe_merge, adapter_names, keep_base, own_weights)
 
-    def merge_knowing_holders(
+    def merge_with_known_sharing(
         self, safe_merge: bool, adapter_names: list[str] | None, keep_base: bool = True, own_weights: bool = False
     ) -> None:
-        """Merge like `merge`, enabled or not; `note_sharing` must have been called just before."""
+        """Merge like `merge`, also while adapters are disabled. Call `note_sharing` first."""
         wanted = check_adapters_to_merge(self, adapter_names)
         names = [name for name in dict.fromkeys(wanted) if self.has_adapter(name)]
         if not names:
@@ -144,16 +144,16 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
     def _write_merge(self, record: MergeRecord, write: Callable[[], None]) -> None:
         earlier = self._merges
         final = isinstance(record, ForgottenRecord)
-        if final:  # what was merged before cannot be reached any more
+        if final:  # earlier merges can no longer be undone
             record.adapter_names = [*self.merged_adapters, *record.adapter_names]
-        # The record first, so that no moment has a merged weight and no way back.
+        # Record first: a merged weight always has its record.
         try:
             self._merges = [record] if final else [*earlier, record]
             write()
         except BaseException:
             if not final:
                 self.undo_merges(len(earlier))
-            elif self.place().fingerprint() != record.after:
+            elif self.weight_state().fingerprint() != record.after:
                 self._merges = earlier
             raise
 
@@ -182,14 +182,14 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
             return
         if absence := self._absence_refusal():
             raise RuntimeError(f"this layer cannot be unmerged: {absence}")
-        place = self.place()
+        state = self.weight_state()
         for record in reversed(self._merges[depth:]):
-            place = record.recover(place)
+            state = record.recover(state)
         try:
-            place.put_back(self)
+            state.put_back(self)
             self._merges = self._merges[:depth]
-        except BaseException:  # an interrupt: the rest is two assignments
-            place.put_back(self)
+        except BaseException:  # after an interrupt, finish: only assignments are left
+            state.put_back(self)
             self._merges = self._merges[:depth]
             raise
 
@@ -199,31 +199,31 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
         """Return the base layer, merged or as it was (PEFT calls this from `merge_and_unload` and `unload`)."""
         if merge:
             if missing := self.names_to_merge(adapter_names):
-                self.merge_knowing_holders(safe_merge, missing)
+                self.merge_with_known_sharing(safe_merge, missing)
         elif self.merged:
             self.unmerge()
         return self.get_base_layer()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Deepcopy and pickle: what undoes a merge must not depend on the machine that made it.
+        # Deepcopy and pickle: an undo must not depend on the machine that made the merge.
         history, reason = self._history()
         merges = [record.portable(earlier) for record, earlier in reversed(history)]
-        return self.__dict__ | {"_model": None, "_merges": merges if reason is None else [self._no_way_back(reason)]}
+        return self.__dict__ | {"_model": None, "_merges": merges if reason is None else [self._forgotten(reason)]}
 
     def _history(self) -> tuple[list[tuple[MergeRecord, Any]], str | None]:
         """Return every merge, the latest first, with the weight from before it; or why that is not known."""
-        history, place = [], self.place()
+        history, state = [], self.weight_state()
         for record in reversed(self._merges):
             if isinstance(record, ForgottenRecord):
                 return [], record.reason
             try:
-                place = record.recover(place)
+                state = record.recover(state)
             except RuntimeError:
                 return [], CHANGED
-            history.append((record, place))
+            history.append((record, state))
         return history, None
 
-    def _no_way_back(self, reason: str) -> ForgottenRecord:
+    def _forgotten(self, reason: str) -> ForgottenRecord:
         return ForgottenRecord(self.merged_adapters, (), (), reason)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MergeableLayer":
@@ -244,7 +244,7 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
         reason = "its weights were moved to the meta device" if to_meta else reason
         if reason is not None:
             super()._apply(fn, recurse)
-            self._merges = [self._no_way_back(reason)]
+            self._merges = [self._forgotten(reason)]
             return
         if isinstance(self._merges[0], PackedRecord):
             merges: list[Any] = self._merges
@@ -253,17 +253,17 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
             for record in merges:
                 self._write_merge(*merge.prepare(self, record.adapter_names, record.parts, sharing=self._sharing))
             return
-        # What only the record holds is converted here; a parameter that other modules hold too, by them or here.
-        converted = [None if place.values is place.parameter else fn(place.values) for _, place in history]
+        # Values that only a record holds are converted here; parameters by the module that holds them, or below.
+        converted = [None if state.values is state.parameter else fn(state.values) for _, state in history]
         parameter = self.weight_ref().parameter
         super()._apply(fn, recurse)
-        now, merges = self.place(), []
-        for (record, place), values in zip(history, converted, strict=True):
-            if place.parameter is parameter:
-                place = place._replace(parameter=now.parameter)
-            elif (place.parameter.dtype, place.parameter.device) != (now.values.dtype, now.values.device):
-                place.parameter.data = fn(place.parameter.data)
-            earlier = place._replace(values=place.parameter if values is None else values)
+        now, merges = self.weight_state(), []
+        for (record, state), values in zip(history, converted, strict=True):
+            if state.parameter is parameter:
+                state = state._replace(parameter=now.parameter)
+            elif (state.parameter.dtype, state.parameter.device) != (now.values.dtype, now.values.device):
+                state.parameter.data = fn(state.parameter.data)
+            earlier = state._replace(values=state.parameter if values is None else values)
             merges.insert(0, record.converted(earlier, now))
             now = earlier
         self._merges = merges

@@ -135,7 +135,7 @@ class GraloraModel(BaseTuner):
         try:
             for name, layer in layers.items():  # noqa: B007 (read where an error is told)
                 with onload_layer(layer):
-                    layer.merge_knowing_holders(safe_merge, adapter_names, keep_base, own_weights)
+                    layer.merge_with_known_sharing(safe_merge, adapter_names, keep_base, own_weights)
                 done += 1
         except BaseException as error:
             for merged, depth in reversed(depths if keep_base else []):
@@ -212,7 +212,7 @@ class GraloraModel(BaseTuner):
         return self._unload(True, False, False, adapter_names)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Combining adapters, which is not supported yet.
+        """Refuse: combining adapters is not supported yet.
 
         Raises:
             NotImplementedError: Always.
@@ -291,7 +291,7 @@ class GraloraModel(BaseTuner):
             )
         tensors = saving.adapter_tensors(model, config.bias, adapter_name, state_dict)
         # What else is saved, PEFT takes out of `state_dict` after this.
-        state_dict |= saving.tensors_beside(model, state_dict)
+        state_dict |= saving.extra_tensors(model, state_dict)
         return tensors
 
     @classmethod

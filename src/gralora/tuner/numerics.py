@@ -30,7 +30,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def _is_autocast(x: Tensor) -> bool:
-    # The first question is quick; the second is an error on devices without autocast, the meta device for one.
+    # The first check is fast; the second raises on devices without autocast, such as meta.
     return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
 
 
@@ -43,7 +43,8 @@ def update_dtype(dtype: torch.dtype, factors: Factors) -> torch.dtype:
 def pinned_numerics(threads: int | None = None) -> Iterator[None]:
     """Compute without gradients, as precisely and repeatably as torch can; every setting is restored afterwards.
 
-    Outside autocast and inference mode, in full float32, denormals kept. One thread of the process at a time.
+    Turns off autocast, inference mode, reduced float32 precision and flushing of denormals. Only one thread of the
+    process at a time can be inside.
 
     Args:
         threads: Number of torch's threads; by default unchanged.
@@ -142,7 +143,7 @@ def _set_precision(backend: str, operation: str, precision: str) -> None:
 
 
 def _own_matmul_precision(backend: str) -> str:
-    """Return what is set for matrix products themselves, "none" where they inherit: torch shows it only so."""
+    """Return the setting for matrix products alone, "none" where it is inherited (torch has no getter)."""
     of_all, of_backend = _precision("generic", "all"), None
     try:
         _set_precision("generic", "all", "none")

@@ -48,8 +48,8 @@ def adapter_tensors(model: nn.Module, bias: str, adapter_name: str, state_dict: 
     return tensors
 
 
-def tensors_beside(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return what PEFT itself may save with an adapter, whole: modules trained whole, tokens, and embeddings."""
+def extra_tensors(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return, unsharded, what PEFT saves beside the adapter: `modules_to_save`, trainable tokens and embeddings."""
     beside = _embeddings(model)
     others = tuple(
         f"{plain_name(name)}."
@@ -65,7 +65,7 @@ def _embeddings(model: nn.Module) -> list[nn.Module]:
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
             found.append(getattr(model, getter, lambda: None)())
-        except NotImplementedError:  # transformers' answer for a vision model, say
+        except NotImplementedError:  # transformers raises this for some vision models
             continue
     return [module for module in found if module is not None]
 

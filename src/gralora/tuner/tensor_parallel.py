@@ -17,7 +17,7 @@ import functools
 import re
 from collections.abc import Iterator
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -132,7 +132,12 @@ class TensorParallelLayer(GraloraLayer):
     """A layer in tensor parallelism, where every process holds a slice of the base layer, or all of it.
 
     The parameters are whole, `in_features` and `out_features` those of the whole layer.
+
+    Attributes:
+        kind: The kind of layer that it is in a model of one process.
     """
+
+    kind: ClassVar[type[GraloraLayer]]
 
     def __init__(
         self,
@@ -145,6 +150,10 @@ class TensorParallelLayer(GraloraLayer):
         self.layout = layout
         self.mesh = mesh
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # Pickle finds classes by name, and `parallel` makes this one at run time.
+        return _new, (self.kind,), self.__getstate__()
+
     def add_adapter(self, adapter_name: str, settings: LayerSettings, on_meta: bool = False) -> None:
         """Create the parameters of one adapter, the same in every process; each process must call this."""
         super().add_adapter(adapter_name, settings, on_meta)
@@ -155,33 +164,42 @@ class TensorParallelLayer(GraloraLayer):
         if settings.gralora_dropout and self.layout is not Layout.IN_SLICE:
             self.gralora_dropout[adapter_name] = CommonDropout(settings.gralora_dropout, self.mesh)
 
-    def add(self, result: Tensor, x: Tensor, factors: Factors) -> Tensor:
-        """Return `result + update(x)`, where either may be a slice of the features."""
-        if self.layout is Layout.WHOLE:
-            return super().add(result, x, factors)
-        own_input, own_output = _own(self.in_features, self.mesh), _own(self.out_features, self.mesh)
-        width = self.in_features if self.layout is Layout.OUT_SLICE else len(own_input)
-        if x.shape[-1] != width:
+    def _add_update(self, result: Tensor, x: Tensor, adapter_name: str, factors: Factors) -> Tensor:
+        # Before dropout, whose mask the processes share: one that raises later would leave the others waiting.
+        width = len(_own(self.in_features, self.mesh)) if self.layout is Layout.IN_SLICE else self.in_features
+        if self.layout is not Layout.WHOLE and x.shape[-1] != width:
             raise RuntimeError(
                 f"the input of a {self.layout.value!r} layer must have {width} of its {self.in_features} features in "
                 f"this process; got {x.shape[-1]}. The plan of the model and what its modules pass on do not agree."
             )
-        rows = x.reshape(-1, width)
+        return super()._add_update(result, x, adapter_name, factors)
+
+    def add(self, result: Tensor, x: Tensor, factors: Factors) -> Tensor:
+        """Return `result + update(x)`, where either may be a slice of the features."""
+        if self.layout is Layout.WHOLE:
+            return super().add(result, x, factors)
+        rows = x.reshape(-1, x.shape[-1])
         if self.layout is Layout.OUT_SLICE:
-            update = out_slice_update(rows, factors, own_output, self.mesh)
+            update = out_slice_update(rows, factors, _own(self.out_features, self.mesh), self.mesh)
         else:
-            update = in_slice_update(rows, factors, own_input, self.mesh)
+            update = in_slice_update(rows, factors, _own(self.in_features, self.mesh), self.mesh)
         return (result + update.view(result.shape)).to(result.dtype)
 
 
 @functools.cache
 def parallel(kind: type[GraloraLayer]) -> type[TensorParallelLayer]:
     """Return the class for layers of `kind` in a tensor-parallel model."""
-    return type(f"TensorParallel{kind.__name__}", (TensorParallelLayer, kind), {"__module__": __name__})
+    return type(f"TensorParallel{kind.__name__}", (TensorParallelLayer, kind), {"__module__": __name__, "kind": kind})
+
+
+def _new(kind: type[GraloraLayer]) -> TensorParallelLayer:
+    """Return an empty layer, for unpickling."""
+    parallel_kind = parallel(kind)
+    return parallel_kind.__new__(parallel_kind)
 
 
 class CommonDropout(nn.Dropout):
-    """Dropout whose mask is the same in every process, for inputs that are."""
+    """Dropout with the same mask in every process; the inputs must be equal."""
 
     def __init__(self, p: float, mesh: DeviceMesh) -> None:
         super().__init__(p)

@@ -14,7 +14,7 @@ from gralora.tuner.merging.dense_update import Part, Scratch, sum_dtype
 from gralora.tuner.merging.records import CopyRecord, DenseRecord, ForgottenRecord, MergeRecord, SharedRecord
 from gralora.tuner.merging.rows import as_integers, chunks, digest, local
 from gralora.tuner.merging.sharing import UNSHARED, Sharing, own_copy
-from gralora.tuner.merging.weight import Place, WeightRef
+from gralora.tuner.merging.weight import WeightRef, WeightState
 from gralora.tuner.numerics import pinned_numerics
 
 
@@ -39,7 +39,7 @@ def absence_refusal(ref: WeightRef) -> str | None:
     weight = ref.parameter
     if isinstance(weight, DTensor):
         return None
-    # FSDP1 and ZeRO-3 leave a vector, which may be empty, in the place of a weight.
+    # FSDP1 and ZeRO-3 leave a vector, which may be empty, in the state of a weight.
     flat = isinstance(weight, nn.Parameter) and weight.is_floating_point() and weight.dim() < 2
     if flat or (_flattened_by_fsdp1(ref.owner) and not isinstance(weight, nn.Parameter)):
         return (
@@ -87,7 +87,7 @@ def prepare(
 ) -> tuple[MergeRecord, Callable[[], None]]:
     """Compute the merge of `parts` into the base weight of `layer`; nothing has changed yet.
 
-    A dense weight is written in place, into the same storage; one that another module holds too is
+    A dense weight is written in state, into the same storage; one that another module holds too is
     replaced by a parameter of its own. A quantised one is dequantised, merged and quantised again.
 
     Args:
@@ -105,7 +105,7 @@ def prepare(
         ValueError: A non-finite result with `safe`.
         RuntimeError: The weight is not loaded.
     """
-    now = Place.now(layer)
+    now = WeightState.of(layer)
     own_module = own_copy(now.base) if sharing.module else None
     with pinned_numerics():
         if layer.quantization_backend is not None:
@@ -116,17 +116,20 @@ def prepare(
             raise RuntimeError("this layer cannot be merged: its base weight is not loaded (meta device).")
         values, record = _merged(now, names, parts, keep, shared=bool(sharing))
         _check_finite(values, now.parameter, names, safe)
-        place = now._replace(values=values)
+        state = now._replace(values=values)
         if sharing:
-            # A new parameter, with the memory layout of the old one (`channels_last`, say).
-            parameter = nn.Parameter(torch.empty_like(now.parameter).copy_(values), now.parameter.requires_grad)
+            if values.stride() != now.parameter.stride():  # keep its memory layout (`channels_last`, say)
+                values = torch.empty_like(now.parameter).copy_(values)
+            parameter = nn.Parameter(values, now.parameter.requires_grad)
             base = own_module or now.base
             owner = base if now.ref.owner is now.base else now.ref.owner
-            place = Place(base, now.ref._replace(owner=owner), parameter, parameter)
-        return record, lambda: place.put_back(layer)
+            state = WeightState(base, now.ref._replace(owner=owner), parameter, parameter)
+        return record, lambda: state.put_back(layer)
 
 
-def _merged(now: Place, names: list[str], parts: list[Part], keep: bool, shared: bool) -> tuple[Tensor, MergeRecord]:
+def _merged(
+    now: WeightState, names: list[str], parts: list[Part], keep: bool, shared: bool
+) -> tuple[Tensor, MergeRecord]:
     """Return `weight + Δ`, rounded once, and the record that undoes it."""
     window = now.window
     merged = torch.empty_like(window.rows)

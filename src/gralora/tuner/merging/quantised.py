@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gralora.tuner.merging.dense_update import Part, delta, sum_dtype
 from gralora.tuner.merging.records import ForgottenRecord, MergeRecord
 from gralora.tuner.merging.rows import as_integers, digest
-from gralora.tuner.merging.weight import Place
+from gralora.tuner.merging.weight import WeightState
 
 
 def backend_of(module: nn.Module, **quantization: Any) -> QuantizationBackend | None:
@@ -31,7 +31,7 @@ def backend_of(module: nn.Module, **quantization: Any) -> QuantizationBackend | 
         return ForwardOnlyQuantizationBackend("torchao")
 
 
-class PackedPlace(NamedTuple):
+class PackedState(NamedTuple):
     """A packed weight at one time: its module, parameters, and the attributes that a backend overwrites."""
 
     base: nn.Module
@@ -39,9 +39,9 @@ class PackedPlace(NamedTuple):
     attributes: list[tuple[Any, dict[str, Any]]]
 
     @classmethod
-    def now(cls, layer: Any) -> "PackedPlace":
+    def of(cls, layer: Any) -> "PackedState":
         """Return where the packed weight of `layer` is."""
-        base = layer.get_base_layer()
+        base = layer.base_layer
         weight = getattr(base, "weight", None)
         owners = [weight, getattr(weight, "quant_state", None), getattr(base, "state", None)]
         attributes = [(owner, dict(owner.__dict__)) for owner in owners if hasattr(owner, "__dict__")]
@@ -52,12 +52,11 @@ class PackedPlace(NamedTuple):
     @property
     def weight(self) -> Tensor | None:
         """The packed weight, where it is a parameter."""
-        return self.parameters.get("weight")
+        return self.parameters.get("W_q", self.parameters.get("weight"))
 
     def fingerprint(self) -> tuple[int, ...]:
         """Return hashes of the bits of the packed weight, the same before and after bitsandbytes repacks it."""
-        weight = self.parameters.get("W_q", self.weight)
-        weight = packed_weight(self.base) if weight is None else weight
+        weight: Any = packed_weight(self.base) if self.weight is None else self.weight
         if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
             return as_integers([digest(_unpacked_for_cpu(weight)[0].detach())])
         return as_integers([digest(tensor.detach()) for tensor in _plain_tensors(weight)])
@@ -75,7 +74,7 @@ class PackedPlace(NamedTuple):
 class PackedRecord(MergeRecord):
     """The packed original, and what was merged, to be merged again after `.to`."""
 
-    original: PackedPlace
+    original: PackedState
     parts: list[Part]
 
     @property
@@ -85,7 +84,7 @@ class PackedRecord(MergeRecord):
         weight = self.original.weight
         return sum(tensor.nbytes for tensor in factors) + (0 if weight is None else weight.nbytes)
 
-    def _recover(self, place: Place) -> Any:
+    def _recover(self, state: WeightState) -> Any:
         return self.original
 
 
@@ -108,7 +107,7 @@ def prepare(
         )  # bitsandbytes keeps its 8-bit weight there, too
     dense = dequantised(layer)
     exact = delta(parts, sum_dtype(dense, parts)).to(dense.device).add_(dense)
-    merged, original = exact.to(dense.dtype), PackedPlace.now(layer)
+    merged, original = exact.to(dense.dtype), PackedState.of(layer)
     before = original.fingerprint()
     record = (
         PackedRecord(names, before, before, original, [part.kept() for part in parts])
@@ -121,7 +120,7 @@ def prepare(
             if own_module is not None:
                 layer._modules["base_layer"] = own_module
             backend.set_base_weight(layer, merged)
-            record.after = PackedPlace.now(layer).fingerprint()
+            record.after = PackedState.of(layer).fingerprint()
         except BaseException:
             original.put_back(layer)
             raise
@@ -156,7 +155,7 @@ def _plain_tensors(tensor: Any) -> list[Tensor]:
 
 def _unpacked_for_cpu(weight: Any) -> tuple[Tensor, Any]:
     # On a CPU with AVX512-BF16, bitsandbytes repacks a 4-bit weight at its first use for inference, and
-    # `dequantize_4bit` reads the new format as the old one. Its own inverse works in place: on copies, then.
+    # `dequantize_4bit` reads the new format as the old one. Its own inverse works in state: on copies, then.
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
     state = copy(weight.quant_state)

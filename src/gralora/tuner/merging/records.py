@@ -18,7 +18,7 @@ from torch import Tensor
 from gralora.tuner import numerics
 from gralora.tuner.merging.dense_update import Part, Scratch
 from gralora.tuner.merging.rows import as_integers, bits, chunks, digest, local
-from gralora.tuner.merging.weight import Place
+from gralora.tuner.merging.weight import WeightState
 
 # A correction is forced every so many elements, so that each gap between two fits a byte.
 _GAP = 255
@@ -46,39 +46,39 @@ class MergeRecord:
         """Bytes that the record holds."""
         return 0
 
-    def recover(self, place: Place) -> Place:
+    def recover(self, state: WeightState) -> WeightState:
         """Return the weight from before this merge; nothing changes.
 
         Args:
-            place: The weight that this merge left.
+            state: The weight that this merge left.
 
         Raises:
-            RuntimeError: `place` holds another weight, or nothing was kept.
+            RuntimeError: `state` holds another weight, or nothing was kept.
         """
-        found = place.fingerprint()
+        found = state.fingerprint()
         if found == self.after:
-            return self._recover(place)
+            return self._recover(state)
         if found == self.before:  # an undo or a merge that was interrupted came this far
-            return place
+            return state
         raise self.changed()
 
-    def _recover(self, place: Place) -> Place:
+    def _recover(self, state: WeightState) -> WeightState:
         raise NotImplementedError
 
-    def undo_refusal(self, place: Place) -> str | None:
+    def undo_refusal(self, state: WeightState) -> str | None:
         """Return why an undo would fail, as far as reading the weight can show, or None."""
-        found = place.fingerprint()
+        found = state.fingerprint()
         return None if found in (self.before, self.after) else str(self.changed())
 
     def changed(self) -> RuntimeError:
         """Return the error for a weight that was changed from outside."""
         return RuntimeError(f"the merge of {self._named()} cannot be undone: {CHANGED}. Load the base model again.")
 
-    def portable(self, earlier: Place) -> "MergeRecord":
+    def portable(self, earlier: WeightState) -> "MergeRecord":
         """Return a record that another process can undo; `earlier` is what `recover` gives."""
         return self
 
-    def converted(self, earlier: Place, now: Place) -> "MergeRecord":
+    def converted(self, earlier: WeightState, now: WeightState) -> "MergeRecord":
         """Return the record of the same merge after `.to` and its kin.
 
         Args:
@@ -97,15 +97,15 @@ class ForgottenRecord(MergeRecord):
 
     reason: str = "it was made with `keep_base=False`"
 
-    def recover(self, place: Place) -> Place:
+    def recover(self, state: WeightState) -> WeightState:
         """Refuse.
 
         Raises:
             RuntimeError: Always.
         """
-        raise RuntimeError(self.undo_refusal(place))
+        raise RuntimeError(self.undo_refusal(state))
 
-    def undo_refusal(self, place: Place) -> str:
+    def undo_refusal(self, state: WeightState) -> str:
         """Return why the merge cannot be undone."""
         return f"the merge of {self._named()} cannot be undone: {self.reason}. Load the base model again."
 
@@ -114,12 +114,12 @@ class ForgottenRecord(MergeRecord):
 class SharedRecord(MergeRecord):
     """The original weight, which other modules hold too and the merge did not change."""
 
-    original: Place
+    original: WeightState
 
-    def _recover(self, place: Place) -> Place:
+    def _recover(self, state: WeightState) -> WeightState:
         return self.original
 
-    def converted(self, earlier: Place, now: Place) -> MergeRecord:
+    def converted(self, earlier: WeightState, now: WeightState) -> MergeRecord:
         """Return the record with fingerprints of the converted weights."""
         return SharedRecord(self.adapter_names, earlier.fingerprint(), now.fingerprint(), self.original)
 
@@ -131,7 +131,7 @@ class CopyRecord(MergeRecord):
     original: Tensor
 
     @classmethod
-    def between(cls, names: list[str], earlier: Place, now: Place) -> "CopyRecord":
+    def between(cls, names: list[str], earlier: WeightState, now: WeightState) -> "CopyRecord":
         """Return the record of a merge that led from `earlier` to `now`."""
         return cls(names, earlier.fingerprint(), now.fingerprint(), local(earlier.values).clone())
 
@@ -140,10 +140,10 @@ class CopyRecord(MergeRecord):
         """Bytes of the copy."""
         return self.original.nbytes
 
-    def _recover(self, place: Place) -> Place:
-        return place._replace(values=self.original)
+    def _recover(self, state: WeightState) -> WeightState:
+        return state._replace(values=self.original)
 
-    def converted(self, earlier: Place, now: Place) -> MergeRecord:
+    def converted(self, earlier: WeightState, now: WeightState) -> MergeRecord:
         """Return the record with the converted original."""
         return CopyRecord.between(self.adapter_names, earlier, now)
 
@@ -180,20 +180,20 @@ class DenseRecord(MergeRecord):
         factors = (tensor for part in self.parts for tensor in part.factors if tensor is not None)
         return sum(tensor.nbytes for tensor in (*factors, *self.gaps, *self.values))
 
-    def undo_refusal(self, place: Place) -> str | None:
+    def undo_refusal(self, state: WeightState) -> str | None:
         """Return why an undo would fail, or None; the products are only recomputed where they may have changed."""
-        if refusal := super().undo_refusal(place):
+        if refusal := super().undo_refusal(state):
             return refusal
         if self.environment == numerics.environment():
             return None
         try:
-            self.recover(place)
+            self.recover(state)
         except RuntimeError as error:
             return str(error)
         return None
 
-    def _recover(self, place: Place) -> Place:
-        window = place.window
+    def _recover(self, state: WeightState) -> WeightState:
+        window = state.window
         original = torch.empty_like(window.rows)
         scratch = Scratch(window, self.parts)
         for number, (start, stop) in enumerate(chunks(window.rows)):
@@ -209,13 +209,13 @@ class DenseRecord(MergeRecord):
             else:
                 raise self.changed()
             original[start:stop] = chunk
-        return place._replace(values=place.ref.stored(original))
+        return state._replace(values=state.ref.stored(original))
 
-    def portable(self, earlier: Place) -> MergeRecord:
+    def portable(self, earlier: WeightState) -> MergeRecord:
         """Return a copy record, since another machine's products may round differently."""
         return CopyRecord(self.adapter_names, self.before, self.after, local(earlier.values).clone())
 
-    def converted(self, earlier: Place, now: Place) -> MergeRecord:
+    def converted(self, earlier: WeightState, now: WeightState) -> MergeRecord:
         """Return a record that finds the converted original in the converted weight."""
         window, original_rows = now.window, earlier.window.rows
         parts = [part.kept(device=window.rows.device) for part in self.parts]

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from gralora.tuner.merging.rows import Window, fingerprint, local, overwrite
 
 
-def itself(weight: Tensor) -> Tensor:
+def identity(weight: Tensor) -> Tensor:
     """Return `weight`."""
     return weight
 
@@ -22,13 +22,13 @@ class WeightRef(NamedTuple):
         owner: Module that holds the parameter, usually the base layer.
         name: Name of the parameter in it.
         matrix: Maps the stored weight, or a shard of it, to `[out, in]`; a view where the memory layout allows.
-        stored: Maps `[out, in]` back to the shape of the stored weight, a view.
+        stored: Maps `[out, in]`, or the part of it that is here, back to the shape of the stored weight, a view.
     """
 
     owner: nn.Module
     name: str = "weight"
-    matrix: Callable[[Tensor], Tensor] = itself
-    stored: Callable[[Tensor], Tensor] = itself
+    matrix: Callable[[Tensor], Tensor] = identity
+    stored: Callable[[Tensor], Tensor] = identity
 
     @property
     def parameter(self) -> nn.Parameter | None:
@@ -36,7 +36,7 @@ class WeightRef(NamedTuple):
         return getattr(self.owner, self.name, None)
 
 
-class Place(NamedTuple):
+class WeightState(NamedTuple):
     """A base weight at one point of its history: the module and the parameter that hold it, and its values."""
 
     base: nn.Module
@@ -45,10 +45,10 @@ class Place(NamedTuple):
     values: Tensor  # of the shape stored here; the parameter itself where nothing has to be written to it
 
     @classmethod
-    def now(cls, layer: Any) -> "Place":
+    def of(cls, layer: Any) -> "WeightState":
         """Return where the weight of `layer` is."""
         ref = layer.weight_ref()
-        return cls(layer.get_base_layer(), ref, ref.parameter, ref.parameter)
+        return cls(layer.base_layer, ref, ref.parameter, ref.parameter)
 
     @property
     def window(self) -> Window:
