@@ -47,6 +47,8 @@ def test_an_output_that_exists_is_kept_unless_it_may_be_overwritten(folders, mer
     (folders / "out/config.json").write_text("{}")
     assert "must not exist" in merge()[2]
     assert (folders / "out/config.json").read_text() == "{}"
+    assert "must hold config.json and *.safetensors" in merge("--overwrite")[2]
+    (folders / "out/model.safetensors").write_text("")
     assert merge("--overwrite")[0] == 0
     assert AutoModelForCausalLM.from_pretrained(folders / "out")
     assert run(capsys, "merge", folders / "base", folders / "adapter", folders / "base", "--overwrite")[0] == 2

@@ -89,7 +89,7 @@ import json, os, random, signal, sys
 from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
-from gralora.files.atomic import mend
+from gralora.files.atomic import clean_up_killed_runs
 from gralora.export.merged_model import MergeOptions, merge_to_folder
 
 torch.set_num_threads(1)
@@ -127,7 +127,7 @@ for moment in sorted({moments - 1, *random.sample(range(1, moments), 9)}):
     assert merge(moment) == -signal.SIGKILL
     for config in folder.glob(".*/*/config.json"):  # what was left behind says that it is a model only if it is one
         AutoModelForCausalLM.from_pretrained(config.parent)
-    mend(folder / "out")
+    clean_up_killed_runs(folder / "out")
     found = state()
     assert any(all(torch.equal(found[key], want[key]) for key in want) for want in (old, new)), moment
     assert {entry for entry in os.listdir(folder) if not entry.startswith(".")} == {"base", "adapter", "out"}

@@ -4,27 +4,47 @@ import sys
 
 import pytest
 
-from gralora.files.atomic import appearing, appearing_once, check_output, discard_unfinished, mend, replacing_files
+from gralora.files.atomic import (
+    appearing,
+    appearing_once,
+    check_output,
+    clean_up_killed_runs,
+    discard_unfinished,
+    replacing_files,
+)
 
 
-def test_what_a_killed_run_left_is_mended(tmp_path):
+@pytest.fixture
+def dead():
+    """A process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process
+
+
+def test_what_a_killed_run_left_is_cleaned_up(dead, tmp_path):
     out = tmp_path / "out"
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    workshop = tmp_path / f".out.{dead.pid}.x.partial"
-    (workshop / "out.old").mkdir(parents=True)
-    (workshop / "out.old/config.json").write_text("old")
-    (workshop / "out").mkdir()
-    mend(out)
+    hidden = tmp_path / f".out.{dead.pid}.x.partial"
+    (hidden / "out.old").mkdir(parents=True)
+    (hidden / "out.old/config.json").write_text("old")
+    (hidden / "out").mkdir()
+    clean_up_killed_runs(out)
     assert (out / "config.json").read_text() == "old"
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_what_another_output_left_is_not_touched(dead, tmp_path):
+    hidden = tmp_path / f".out.{dead.pid}.{os.getppid()}.x.partial"
+    hidden.mkdir()
+    clean_up_killed_runs(tmp_path / "out")
+    assert hidden.is_dir()
+
+
 def test_what_a_running_process_writes_is_left_alone(tmp_path):
-    workshop = tmp_path / f".out.{os.getppid()}.x.partial"
-    workshop.mkdir()
-    mend(tmp_path / "out")
-    assert workshop.is_dir()
+    hidden = tmp_path / f".out.{os.getppid()}.x.partial"
+    hidden.mkdir()
+    clean_up_killed_runs(tmp_path / "out")
+    assert hidden.is_dir()
 
 
 def test_an_error_removes_the_folders_that_were_made_for_the_output(tmp_path):
@@ -32,6 +52,57 @@ def test_an_error_removes_the_folders_that_were_made_for_the_output(tmp_path):
         hidden.mkdir()
         raise RuntimeError("failed")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(("kind", "other"), [("folder", "file"), ("file", "folder")])
+def test_a_file_is_replaced_by_a_file_and_a_folder_by_a_folder(kind, other, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"`output` must be a {kind} to be overwritten; '.*{other}' is not"):
+        check_output(tmp_path / other, overwrite=True, kind=kind)
+    assert check_output(tmp_path / kind, overwrite=True, kind=kind) == tmp_path / kind
+
+
+def test_a_mark_may_ask_for_several_files(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/config.json").write_text("{}")
+    marks = (("config.json", "*.safetensors"),)
+    with pytest.raises(ValueError, match=r"`output` must hold config.json and \*.safetensors to be overwritten"):
+        check_output(tmp_path / "out", overwrite=True, marks=marks)
+    (tmp_path / "out/model.safetensors").write_text("")
+    assert check_output(tmp_path / "out", overwrite=True, marks=marks) == tmp_path / "out"
+
+
+def test_an_output_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match=r"`output` must be in a writable folder; got .*, and '.*/file' is not one"):
+        check_output(tmp_path / "file/deep/out", overwrite=False)
+
+
+@pytest.fixture(params=[0o022, 0o077, 0o002], ids=oct)
+def umask(request):
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def test_permissions_follow_the_umask(umask, tmp_path):
+    def write(folder):
+        (folder / "config.json").touch(mode=0o600)
+        (folder / "sub").mkdir(mode=0o700)
+        (folder / "sub/more.json").touch(mode=0o600)
+
+    with appearing(tmp_path / "appearing") as hidden:
+        hidden.mkdir(mode=0o700)
+        write(hidden)
+    with appearing_once(tmp_path / "appearing_once") as hidden:
+        write(hidden)
+    (tmp_path / "replacing_files").mkdir()
+    with replacing_files(tmp_path / "replacing_files") as hidden:
+        write(hidden)
+    for written in tmp_path.rglob("*"):
+        assert written.stat().st_mode & 0o777 == (0o777 if written.is_dir() else 0o666) & ~umask, written
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -66,7 +66,7 @@ def to_gguf(
         return written
 
     options = replace(options, target="serving", dtype=dtype)
-    return write_export(source, output, options, write, overwrite=overwrite)
+    return write_export(source, output, options, write, overwrite=overwrite, kind="file")
 
 
 def find_converter(llama_cpp: str | Path | None = None) -> Path:

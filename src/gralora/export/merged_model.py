@@ -20,7 +20,7 @@ from gralora.files.atomic import appearing, check_output
 from gralora.tuner.layer import GraloraLayer, gralora_layers
 from gralora.tuner.merging.quantised import dequantised
 
-_MODEL_MARKS = ("config.json",)
+_MODEL_MARKS = (("config.json", "*.safetensors"),)
 _SAMPLES = 3
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ def write_export(
     *,
     overwrite: bool = False,
     adapter_name: str = "default",
+    kind: Literal["folder", "file"] = "folder",
 ) -> LoraExport:
     """Convert an adapter and write it; `output` appears only when what was read back is right.
 
@@ -37,13 +39,14 @@ def write_export(
         writer: Writes the LoRA to a path that does not exist, and returns the LoRA factors that it wrote.
         overwrite: Replace an export at `output`.
         adapter_name: Name of the adapter on a model.
+        kind: What `writer` writes.
 
     Raises:
         FileNotFoundError: `source` is not the folder of an adapter.
         ValueError: The output, the adapter or an option is refused.
         RuntimeError: The written update differs from the adapter's.
     """
-    path = check_output(output, overwrite, folders_read(source))
+    path = check_output(output, overwrite, folders_read(source), kind=kind)
     adapter = open_adapter(source, adapter_name)
     export = convert(adapter, options)
     with appearing(path) as hidden:

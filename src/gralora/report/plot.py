@@ -26,7 +26,7 @@ def plot(report: Report, output: str | Path, layer: str | None = None, overwrite
         ValueError: `output` exists or has another suffix, or `layer` is not adapted.
         ImportError: matplotlib is not installed.
     """
-    path = check_output(output, overwrite)
+    path = check_output(output, overwrite, kind="file")
     if path.suffix not in _FORMATS:
         raise ValueError(f"`output` must end in .png or .svg; got output={str(path)!r}.")
     targets = [entry.target for entry in report.layers]
