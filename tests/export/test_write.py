@@ -1,9 +1,15 @@
 import json
 
 import pytest
-from adapters import save_adapter
+import torch
+from adapters import adapted, edit_tensors, save_adapter
+from torch import nn
 
-from gralora import to_lora
+from gralora import GraloraConfig, get_peft_model, to_lora
+from gralora.export import write
+from gralora.export.convert import LoraOptions
+from gralora.export.lora import write_folder
+from gralora.export.verify import open_lora
 
 
 @pytest.fixture
@@ -59,3 +65,28 @@ def test_a_move_that_fails_puts_the_old_one_back(folder, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="moving failed"):
         to_lora(folder, tmp_path / "lora", overwrite=True, max_rank=2)
     assert json.loads((tmp_path / "lora/adapter_config.json").read_text())["r"] == 16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_compared_too(dtype, folder, tmp_path):
+    def write_wrong(adapter, export, hidden):
+        write_folder(adapter, export, hidden)
+        edit_tensors(hidden, lambda tensors: {key: tensor * 1.02 for key, tensor in tensors.items()})
+        return open_lora(hidden)
+
+    with pytest.raises(RuntimeError, match=r"Nothing was exported: .* off by 4\..e-02 of its norm.* in float32"):
+        write.write_export(folder, tmp_path / "lora", LoraOptions(dtype=dtype), write_wrong)
+    assert not (tmp_path / "lora").exists()
+    export = to_lora(folder, tmp_path / "lora", dtype=dtype)
+    assert all(0 < layer.measured.relative < torch.finfo(dtype).eps for layer in export.layers)
+    assert to_lora(folder, tmp_path / "compressed", dtype=dtype, max_rank=3).rank == 3
+
+
+def test_adapters_of_convolutions_are_refused(tmp_path):
+    model = get_peft_model(
+        nn.Sequential(nn.Conv2d(4, 8, 3), nn.Linear(8, 8)), GraloraConfig(r=4, target_modules=["0", "1"])
+    )
+    for output in (None, tmp_path / "lora"):
+        with pytest.raises(ValueError, match="'0' cannot be exported as LoRA: adapters of convolutions are not"):
+            to_lora(model, output)
+    assert to_lora(adapted()).rank == 16

@@ -1,8 +1,19 @@
+import json
 import math
 
 import pytest
 import torch
-from adapters import CONV1D, TENSORS, TOKENS, assert_same_outputs, gralora_layers, lora, save_adapter
+from adapters import (
+    CONFIG,
+    CONV1D,
+    TENSORS,
+    TOKENS,
+    assert_same_outputs,
+    gralora_layers,
+    lora,
+    read_config,
+    save_adapter,
+)
 from conftest import tiny_gpt2, tiny_llama
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -81,7 +92,9 @@ def test_out_and_in_again_is_the_same_map(folder, tmp_path):
         ),
         ({}, {"k": 0}, "`k` must be a positive integer; got k=0"),
         ({}, {"r": 4}, "`r` must come with `hybrid`"),
-        ({}, {"hybrid": True, "r": 3}, "`gralora_k` must divide `r`; got gralora_k=2 with r=3"),
+        ({}, {"hybrid": True, "r": 3}, "`k` must divide `r`; got k=2 with r=3"),
+        ({}, {"hybrid": True, "r": 0}, "`r` must be a positive integer; got r=0"),
+        ({}, {"hybrid": True, "r": 2.5}, "`r` must be a positive integer; got r=2.5"),
         ({"rank_pattern": {"q_proj": 2}}, {"hybrid": True}, "`hybrid` must be off for a LoRA with `rank_pattern`"),
         ({"target_modules": ["embed_tokens"]}, {}, "must adapt linear layers alone; got .*lora_embedding_A"),
     ],
@@ -90,6 +103,26 @@ def test_a_lora_that_cannot_be_converted_is_refused(settings, arguments, message
     with pytest.raises(ValueError, match=message):
         from_lora(lora(**settings), tmp_path / "out", **arguments)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": None}, "positive integer as rank 'r'; got None"),
+        ({"r": "3"}, "positive integer as rank 'r'; got '3'"),
+        ({"r": 0}, "positive integer as rank 'r'; got 0"),
+        ({"rank_pattern": {"q_proj": 2.5}}, "positive integer as rank 'q_proj'; got 2.5"),
+        ({"lora_alpha": None}, "number as alpha 'lora_alpha'; got None"),
+        ({"alpha_pattern": {"q_proj": "1"}}, "number as alpha 'q_proj'; got '1'"),
+    ],
+)
+def test_a_config_without_rank_or_alpha_is_refused(changes, message, hybrid, tmp_path):
+    lora().save_pretrained(tmp_path / "lora")
+    config = {name: value for name, value in (read_config(tmp_path / "lora") | changes).items() if value is not None}
+    (tmp_path / "lora" / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"The config of '.*/lora' must have a {message}"):
+        from_lora(tmp_path / "lora", hybrid=hybrid)
 
 
 def test_a_damaged_lora_is_refused(tmp_path, folder):

@@ -8,8 +8,8 @@ from torch import nn
 
 from gralora.export.convert import LoraExport, LoraOptions, convert
 from gralora.export.verify import LoraFile, open_lora
-from gralora.export.write import write_export
-from gralora.files.checkpoint import Adapter, open_adapter
+from gralora.export.write import open_for_export, write_export
+from gralora.files.checkpoint import Adapter
 
 
 def to_lora(
@@ -42,7 +42,8 @@ def to_lora(
 
     Raises:
         FileNotFoundError: `source` is not the folder of an adapter.
-        ValueError: The adapter is damaged or holds more than LoRA can be served with, or an option breaks its rule.
+        ValueError: The adapter is damaged or holds more than LoRA can be served with, adapts
+            convolutions, or an option breaks its rule.
         RuntimeError: The written update differs from the adapter's.
 
     Example:
@@ -54,7 +55,7 @@ def to_lora(
     """
     options = LoraOptions(dtype=dtype, max_rank=max_rank, max_error=max_error, per_layer=per_layer, target=target)
     if output is None:
-        return convert(open_adapter(source, adapter_name), options)
+        return convert(open_for_export(source, adapter_name), options)
     return write_export(source, output, options, write_folder, overwrite=overwrite, adapter_name=adapter_name)
 
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gralora.checks import require_integer
+from gralora.checks import is_number, require_integer
 from gralora.files.adapter_config import config_from, read_config, require_peft_type
 from gralora.files.adapter_folder import AdapterFolder
 from gralora.files.atomic import check_output
@@ -82,10 +82,14 @@ def from_lora(
     require_integer("k", k)
     if r is not None and not hybrid:
         raise ValueError(f"`r` must come with `hybrid`: without it, it is k times the LoRA's rank; got r={r!r}.")
+    if r is not None:
+        require_integer("r", r)
+        if r % k:
+            raise ValueError(f"`k` must divide `r`; got k={k} with r={r}.")
     path = None if output is None else check_output(output, overwrite, folders_read(source))
     config, tensors, where = _open(source, adapter_name)
     require_peft_type(config, "LORA", where)
-    if refusal := _field_refusal(config, where):
+    if refusal := _field_refusal(config, where) or _rank_refusal(config, where):
         raise ValueError(refusal)
     settings = _hybrid_settings(config, k, r) if hybrid else _block_settings(config, k)
     settings["gralora_k"] = k
@@ -96,11 +100,11 @@ def from_lora(
         lora_a, lora_b = (tensors.read(keys[factor]) for factor in LORA_FACTORS)
         if refusal := _pair_refusal(lora_a, lora_b, k, name, where):
             raise ValueError(refusal)
-        settled = new.settings_for(name)
-        rank = settled.hybrid_r if hybrid else settled.r // k
+        layer_settings = new.settings_for(name)
+        rank = layer_settings.hybrid_r if hybrid else layer_settings.r // k
         if lora_a.shape[0] != rank:
             raise ValueError(f"The LoRA at {name!r} must be of rank {rank}, as its config says; got {lora_a.shape[0]}.")
-        factors = _beside(lora_a, lora_b, k, settled.r) if hybrid else _split(lora_a, lora_b, k)
+        factors = _beside(lora_a, lora_b, k, layer_settings.r) if hybrid else _split(lora_a, lora_b, k)
         for factor, tensor in zip(GRALORA_FACTORS, factors, strict=True):
             if tensor is not None:
                 written[key_of(name, factor)] = tensor.contiguous()
@@ -123,6 +127,19 @@ def _field_refusal(config: dict[str, Any], where: str) -> str | None:
     for name in _MUST_BE_OFF:
         if config.get(name):
             return f"`{name}` must not be used in a LoRA to be converted; got {name}={config[name]!r} in {where!r}."
+    return None
+
+
+def _rank_refusal(config: dict[str, Any], where: str) -> str | None:
+    """Return why the ranks and alphas of LoRA's config cannot be used, or None."""
+    ranks = {"r": config.get("r"), **(config.get("rank_pattern") or {})}
+    for name, rank in ranks.items():
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            return f"The config of {where!r} must have a positive integer as rank {name!r}; got {rank!r}."
+    alphas = {"lora_alpha": config.get("lora_alpha"), **(config.get("alpha_pattern") or {})}
+    for name, alpha in alphas.items():
+        if not is_number(alpha):
+            return f"The config of {where!r} must have a number as alpha {name!r}; got {alpha!r}."
     return None
 
 
