@@ -180,7 +180,7 @@ DAMAGES = [
     (config_truncated, "must be JSON; it cannot be read"),
     (config_no_object, "must hold a JSON object; got list"),
     (bad_value, "`r` must be a positive integer; got r='eight'"),
-    (no_tensors, "`adapter` must have a adapter_model.safetensors"),
+    (no_tensors, "`adapter` must be the folder of an adapter; .* has no adapter_model.safetensors"),
     (pickled, "save it with `safe_serialization=True`"),
     (no_config, "must be the folder of an adapter; .* has no adapter_config.json"),
     (a_lora, "must hold a GraLoRA adapter; its config says peft_type='LORA'"),

@@ -37,3 +37,8 @@ def test_a_damaged_adapter_ends_with_one_line_and_status_2(folder, capsys):
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--layer", "model.layers.0.mlp.down_proj"], ["--overwrite"]])
+def test_options_of_the_picture_without_one_are_refused(arguments, folder, capsys):
+    assert run(capsys, "inspect", folder, *arguments) == (2, "", f"error: {arguments[0]} must come with --plot.\n")

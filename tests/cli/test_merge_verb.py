@@ -2,7 +2,7 @@ import os
 
 import pytest
 import torch
-from adapters import TOKENS, edit_tensors, run, save_base_and_adapter, tuned_base
+from adapters import TOKENS, edit_tensors, run, save_base_and_adapter, truncated, tuned_base
 from transformers import AutoModelForCausalLM
 
 
@@ -22,6 +22,7 @@ def test_a_plain_model_comes_out(folders, merge):
     plain = AutoModelForCausalLM.from_pretrained(folders / "out")
     torch.testing.assert_close(plain(TOKENS).logits, tuned_base(folders)(TOKENS).logits, atol=1e-5, rtol=1e-5)
     assert "Merged 4 layers" in out
+    assert "No tokenizer was found" in out
     assert " 3 layers read back: 0.00e+00" in out
     assert not [entry for entry in os.listdir(folders) if entry.startswith(".")]
 
@@ -39,6 +40,7 @@ def test_mistakes_are_named_and_write_nothing(folders, merge, arguments, message
     status, _, err = merge(*arguments)
     assert status == 2
     assert message in err
+    assert "merging" not in err
     assert not (folders / "out").exists()
 
 
@@ -61,4 +63,21 @@ def test_a_non_finite_adapter_is_refused(folders, merge):
 
     edit_tensors(folders / "adapter", spoil)
     assert "must be finite" in merge()[2]
+    assert not (folders / "out").exists()
+
+
+def test_a_damaged_adapter_or_base_is_named(folders, merge):
+    config, weights = folders / "base/config.json", folders / "base/model.safetensors"
+    text, whole = config.read_text(), weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    assert "error: BASE must be a whole model; '" in merge()[2]
+    weights.write_bytes(whole)
+    for old, new in (('"hidden_size": 64', '"hidden_size": "wide"'), ('_heads": 4', '_heads": 0')):
+        config.write_text(text.replace(old, new))
+        assert "error: BASE must be a whole model; '" in merge()[2]
+    config.write_text(text)
+    truncated(folders / "adapter")
+    status, _, err = merge()
+    assert status == 2
+    assert "must be a whole safetensors file" in err
     assert not (folders / "out").exists()

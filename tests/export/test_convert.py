@@ -116,7 +116,7 @@ def test_resized_embeddings_in_the_file_are_refused(folder):
         ({"max_rank": True}, "`max_rank` must be a positive integer; got max_rank=True"),
         ({"max_error": "low"}, r"`max_error` must be in \[0, 1\); got max_error='low'"),
         ({"max_error": 1.5}, r"`max_error` must be in \[0, 1\); got max_error=1.5"),
-        ({"per_layer": True}, "`per_layer` must come with `max_error`"),
+        ({"per_layer": True}, r"`per_layer` must come with `max_error`\.$"),
         ({"dtype": torch.int8}, "`dtype` must be float32, bfloat16 or float16; got dtype=torch.int8"),
         ({"target": "ollama"}, "`target` must be 'serving' or 'peft'; got target='ollama'"),
         ({"max_rank": 2, "max_error": 0.1}, r"`max_rank` must be at least \d+ for max_error=0.1; got max_rank=2, with"),

@@ -39,7 +39,13 @@ def test_an_adapter_of_the_authors_repository_is_imported(original, tmp_path):
 
 
 def test_importing_what_is_not_the_authors_is_refused(original, folder, tmp_path):
-    with pytest.raises(ValueError, match="must be an adapter of the authors' repository, with `gralora_alpha`"):
+    with pytest.raises(ValueError, match="is a GraLoRA adapter in PEFT's format already; there is nothing to convert"):
+        import_original(folder)
+    edit_config(folder, '"GRALORA"', '"LOHA"')
+    with pytest.raises(ValueError, match="must hold a LoRA or a GraLoRA adapter; its config says peft_type='LOHA'"):
+        import_original(folder)
+    edit_config(folder, '"LOHA"', '"LORA"')
+    with pytest.raises(ValueError, match=r"is a LoRA adapter\. Convert it with `from_lora`"):
         import_original(folder)
     source, _ = original
     with pytest.raises(ValueError, match=r"was written by the authors' repository. .*: gralora import .* OUT"):

@@ -17,7 +17,10 @@ def import_(
     hybrid: Annotated[
         bool, option("For a LoRA: keep it as the hybrid part, and add new blocks that start at zero.", "--hybrid")
     ] = False,
-    r: Annotated[int | None, option("With --hybrid: rank of the new blocks.", default="rank of the LoRA")] = None,
+    r: Annotated[
+        int | None,
+        option("With --hybrid: rank of the new blocks.", default="the LoRA's rank, rounded up to a multiple of k"),
+    ] = None,
     overwrite: Annotated[bool, option("Replace an adapter at OUTPUT.", "--overwrite")] = False,
 ) -> None:
     """Convert a LoRA adapter, or one written by the GraLoRA authors' repository, to GraLoRA.

@@ -22,6 +22,10 @@ def inspect(
     overwrite: Annotated[bool, option("Replace the picture.", "--overwrite")] = False,
 ) -> None:
     """Show the settings, norms and ranks of an adapter, layer by layer, and what can serve it."""
+    if plot is None and layer is not None:
+        raise ValueError("`layer` must come with `plot`.")
+    if plot is None and overwrite:
+        raise ValueError("`overwrite` must come with `plot`.")
     report = measure(adapter, base)
     if plot:
         draw(report, plot, layer, overwrite)

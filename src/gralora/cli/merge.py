@@ -34,8 +34,13 @@ def merge(
     console = Console()
     columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with quiet_libraries(ConsoleReporter()), Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("merging", total=None)
-        report = merge_to_folder(options, lambda done, total: progress.update(bar, completed=done, total=total))
+
+        def on_layer(done: int, total: int) -> None:
+            # Not before the first layer: a refusal would leave an empty bar behind.
+            bar = progress.task_ids[0] if progress.task_ids else progress.add_task("merging")
+            progress.update(bar, completed=done, total=total)
+
+        report = merge_to_folder(options, on_layer)
     _print(console, report)
 
 
@@ -57,4 +62,6 @@ def _print(console: Console, report: MergeReport) -> None:
             f"(rounding to {str(report.dtype).removeprefix('torch.')} included)",
             highlight=False,
         )
+    if not report.tokenizer:
+        console.print("No tokenizer was found in the adapters or the base; none was written.", highlight=False)
     console.print(f"Merged {report.layers} layers into {report.output}", highlight=False, soft_wrap=True)

@@ -56,7 +56,7 @@ class LoraOptions:
         if self.max_error is not None and not (is_number(self.max_error) and 0 <= self.max_error < 1):
             raise ValueError(f"`max_error` must be in [0, 1); got max_error={self.max_error!r}.")
         if self.per_layer and self.max_error is None:
-            raise ValueError("`per_layer` must come with `max_error`; got per_layer=True alone.")
+            raise ValueError("`per_layer` must come with `max_error`.")
         if self.target not in ("serving", "peft"):
             raise ValueError(f"`target` must be 'serving' or 'peft'; got target={self.target!r}.")
 
@@ -138,7 +138,7 @@ def _convert(adapter: Adapter, options: LoraOptions) -> LoraExport:
     lora_alpha = rank if options.bake_scale else common_alpha(adapter, rank)
     compresses = options.max_rank is not None or options.max_error is not None
     tensors: dict[str, Tensor] = {}
-    layers, cut, whole = [], 0.0, 0.0
+    layers, lost_squared, total_squared = [], 0.0, 0.0
     for name, layer in adapter.layers.items():
         factors = adapter.factors(name)
         scale = layer.scale / (lora_alpha / rank)
@@ -153,7 +153,7 @@ def _convert(adapter: Adapter, options: LoraOptions) -> LoraExport:
             lora_a, lora_b = lora_a.to(_computed(layer)), lora_b.to(_computed(layer))
             kept = lora_a.shape[0]
             lost, total = float(s[kept:].square().sum()), float(s.square().sum())
-        cut, whole = cut + lost, whole + total
+        lost_squared, total_squared = lost_squared + lost, total_squared + total
         layers.append(ExportedLayer(name, layer.rank, kept, math.sqrt(lost / total) if total else 0.0))
         for factor, matrix in zip(LORA_FACTORS, (_pad(lora_a, rank, 0), _pad(lora_b, rank, 1)), strict=True):
             tensors[key_of(name, factor)] = _cast(matrix, options.dtype, name)
@@ -164,7 +164,7 @@ def _convert(adapter: Adapter, options: LoraOptions) -> LoraExport:
         tensors=tensors,
         rank=rank,
         layers=tuple(layers),
-        relative_error=math.sqrt(cut / whole) if whole else 0.0,
+        relative_error=math.sqrt(lost_squared / total_squared) if total_squared else 0.0,
     )
 
 

@@ -59,7 +59,7 @@ def lora_engines(rank: int, base: str, name: str, output: str) -> list[Engine]:
 
     Args:
         rank: Rank of the export.
-        base: Base model, as the command shall name it.
+        base: Base model, as written in the command.
         name: Name by which requests address the adapter.
         output: Folder of the export.
     """

@@ -18,7 +18,8 @@ from gralora.files.checkpoint import Adapter
 
 CONVERTER = "convert_lora_to_gguf.py"
 _OUT_TYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-_LINES = 8  # of the converter's output in an error
+# Lines of the converter's output in an error.
+_LINES = 8
 
 
 def to_gguf(

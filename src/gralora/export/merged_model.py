@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from gralora import pretrained
 from gralora.checks import dtype_named
-from gralora.files.adapter_config import read_gralora_config
 from gralora.files.atomic import appearing, check_output
+from gralora.files.checkpoint import open_adapter
 from gralora.tuner.layer import GraloraLayer, gralora_layers
 from gralora.tuner.merging.quantised import dequantised
 
@@ -57,6 +58,7 @@ class MergeReport:
         layers: Number of merged layers.
         dtype: Data type of the written weights.
         dequantised: True if the base was quantised and the result is not.
+        tokenizer: True if a tokenizer was found and written.
         deviation: Largest difference of a written weight from base + Δ, over the `sampled` layers.
         sampled: Names of the layers that were read back.
         requantisation: Relative error of each layer that was quantised again, against the exact sum.
@@ -66,6 +68,7 @@ class MergeReport:
     layers: int
     dtype: torch.dtype
     dequantised: bool
+    tokenizer: bool = True
     deviation: float = 0.0
     sampled: list[str] = field(default_factory=list)
     requantisation: dict[str, float] = field(default_factory=dict)
@@ -90,20 +93,22 @@ def merge_to_folder(
     dense_dtype = dtype_named(options.dtype, auto=torch.bfloat16)
     adapters = [Path(name) for name in options.adapters]
     for adapter in adapters:
-        read_gralora_config(adapter)
+        open_adapter(adapter)
     inputs = (*adapters, *((Path(options.base),) if Path(options.base).exists() else ()))
     output = check_output(options.output, options.overwrite, inputs=inputs, marks=_MODEL_MARKS)
     base = pretrained.resolve(options.base, dense_dtype)
-    config = AutoConfig.from_pretrained(base.location)
+    with _damage_refused(options.base):
+        config = AutoConfig.from_pretrained(base.location)
     quantised = getattr(config, "quantization_config", None) is not None
     if options.requantize and not quantised:
         raise ValueError(f"`requantize` needs a quantised base; {options.base!r} is not quantised.")
-    if quantised:
-        model = _load_quantised(base, config, None if options.requantize else dense_dtype)
-    else:
-        model = _model_class(config).from_pretrained(
-            base.location, dtype="auto" if options.dtype == "auto" else dense_dtype
-        )
+    with _damage_refused(options.base):
+        if quantised:
+            model = _load_quantised(base, config, None if options.requantize else dense_dtype)
+        else:
+            model = _model_class(config).from_pretrained(
+                base.location, dtype="auto" if options.dtype == "auto" else dense_dtype
+            )
     names = [str(number) for number in range(len(adapters))]
     tuned = PeftModel.from_pretrained(model, adapters[0], adapter_name=names[0])
     for name, folder in zip(names[1:], adapters[1:], strict=True):
@@ -119,9 +124,18 @@ def merge_to_folder(
     plain = tuned.base_model.unload_merged(names)
     with appearing(output) as folder, _config_last(plain, folder):
         plain.save_pretrained(folder)
-        _save_tokenizer(folder, adapters[0], base.location)
+        report.tokenizer = _save_tokenizer(folder, adapters[0], base.location)
         _compare(folder, samples, report)
     return report
+
+
+@contextmanager
+def _damage_refused(base: str) -> Iterator[None]:
+    """Raise what transformers raises on a damaged base model as a ValueError that names it."""
+    try:
+        yield
+    except (SafetensorError, StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"`base` must be a whole model; {base!r} cannot be read: {error}") from error
 
 
 @contextmanager
@@ -217,14 +231,19 @@ def _exact(layer: GraloraLayer, names: list[str]) -> Tensor:
     return total
 
 
-def _save_tokenizer(folder: Path, adapter: Path, base: str) -> None:
-    """Write the adapter's tokenizer and chat template, which training may have changed, or else the base's."""
+def _save_tokenizer(folder: Path, adapter: Path, base: str) -> bool:
+    """Write the adapter's tokenizer and chat template, which training may have changed, or else the base's.
+
+    Returns:
+        Whether a tokenizer was found.
+    """
     for source in (adapter, base):
         try:
             AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-            return
+            return True
         except (OSError, ValueError, KeyError):
             continue
+    return False
 
 
 def _compare(folder: Path, samples: dict[str, Tensor], report: MergeReport) -> None:

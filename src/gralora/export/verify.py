@@ -13,7 +13,8 @@ from gralora.files.tensors import TensorFile
 from gralora.tuner import blocks
 from gralora.tuner.blocks import Factors
 
-_ROWS = 1024  # of ΔW in memory at once
+# Rows of ΔW in memory at once.
+_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -23,17 +24,17 @@ class LayerError:
     Attributes:
         largest: Largest absolute difference of two entries.
         norm: Frobenius norm of the difference.
-        of: Frobenius norm of the adapter's ΔW.
+        reference_norm: Frobenius norm of the adapter's ΔW.
     """
 
     largest: float
     norm: float
-    of: float
+    reference_norm: float
 
     @property
     def relative(self) -> float:
-        """`norm / of`, or `norm` if ΔW is zero."""
-        return self.norm / self.of if self.of else self.norm
+        """`norm / reference_norm`, or `norm` if ΔW is zero."""
+        return self.norm / self.reference_norm if self.reference_norm else self.norm
 
 
 class LoraFile:
@@ -69,15 +70,15 @@ def compare(factors: Factors, scale: float, written: LoraFile, name: str) -> Lay
     lora_a, lora_b = written.pair(name)
     k, m = B.shape[0], B.shape[2]
     step = max(1, _ROWS // k)
-    largest = norm = of = 0.0
+    largest = squared = reference_squared = 0.0
     for start in range(0, m, step):
         stop = min(m, start + step)
         rows = torch.cat([torch.arange(i * m + start, i * m + stop) for i in range(k)])
         general = None if B_general is None else B_general[rows]
         ours = blocks.dense(Factors(A, B[:, :, start:stop], A_general, general), scale)
         theirs = (lora_b[rows] @ lora_a).mul_(written.scale)
-        of += float(ours.square().sum())
+        reference_squared += float(ours.square().sum())
         difference = theirs.sub_(ours)
         largest = max(largest, float(difference.abs().max()))
-        norm += float(difference.square().sum())
-    return LayerError(largest, norm**0.5, of**0.5)
+        squared += float(difference.square().sum())
+    return LayerError(largest, squared**0.5, reference_squared**0.5)

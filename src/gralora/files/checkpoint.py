@@ -159,7 +159,9 @@ def open_tensors(folder: str | Path) -> TensorFile:
     pickled = ""
     if (folder / PICKLE_FILE).is_file():
         pickled = f" {PICKLE_FILE} is not read: load it with PEFT and save it with `safe_serialization=True`."
-    raise FileNotFoundError(f"`adapter` must have a {TENSOR_FILE}; {str(folder)!r} has none.{pickled}")
+    raise FileNotFoundError(
+        f"`adapter` must be the folder of an adapter; {str(folder)!r} has no {TENSOR_FILE}.{pickled}"
+    )
 
 
 def read_model(model: nn.Module, adapter_name: str) -> tuple[Any, TensorDict, str]:

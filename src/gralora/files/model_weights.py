@@ -40,8 +40,7 @@ class BaseWeights:
     def norm(self, module: str, shape: tuple[int, int]) -> float | None:
         """Return the Frobenius norm of a module's weight, or None if there is no weight of that shape.
 
-        A weight may also be stored transposed, and files often lack the first part of a module's name
-        (`transformer.` of GPT-2), so shorter names are tried too.
+        A weight may also be stored transposed, and files often omit the first part of a module's name.
         """
         parts = module.split(".")
         for start in range(len(parts)):

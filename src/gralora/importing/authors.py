@@ -5,6 +5,7 @@ of the blocks are PEFT's, `r` includes `hybrid_r`, and the scale is `gralora_alp
 """
 
 from pathlib import Path
+from typing import Any
 
 from gralora.checks import require_integer
 from gralora.files.adapter_config import config_from, is_original, read_config
@@ -28,11 +29,8 @@ def import_original(source: str | Path, output: str | Path | None = None, *, ove
     folder = Path(source)
     path = None if output is None else check_output(output, overwrite, (folder,))
     written = read_config(folder)
-    if written.get("peft_type") != "GRALORA" or not is_original(written):
-        raise ValueError(
-            f"{str(folder)!r} must be an adapter of the authors' repository, with `gralora_alpha` in its config; got "
-            f"peft_type={written.get('peft_type')!r} without it."
-        )
+    if refusal := _origin_refusal(written, str(folder)):
+        raise ValueError(refusal)
     total, hybrid_r = written.get("r"), written.get("hybrid_r", 0)
     require_integer("r", total)
     require_integer("hybrid_r", hybrid_r, minimum=0)
@@ -50,3 +48,15 @@ def import_original(source: str | Path, output: str | Path | None = None, *, ove
     if path is not None:
         imported.save(path, overwrite)
     return imported
+
+
+def _origin_refusal(written: dict[str, Any], where: str) -> str | None:
+    """Return why a config is not one of the authors' repository, or None."""
+    peft_type = written.get("peft_type")
+    if peft_type == "LORA":
+        return f"{where!r} is a LoRA adapter. Convert it with `from_lora`."
+    if peft_type != "GRALORA":
+        return f"{where!r} must hold a LoRA or a GraLoRA adapter; its config says peft_type={peft_type!r}."
+    if not is_original(written):
+        return f"{where!r} is a GraLoRA adapter in PEFT's format already; there is nothing to convert."
+    return None
