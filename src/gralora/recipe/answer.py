@@ -4,7 +4,6 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ import torch
 from gralora import pretrained
 from gralora.checks import is_number, require_integer
 from gralora.files.adapter_config import read_config
+from gralora.files.checkpoint import open_adapter
 from gralora.recipe.data import encode_prompt
 from gralora.recipe.decoding import generate_ids
 from gralora.recipe.progress import Reporter, quiet_libraries
@@ -32,7 +32,6 @@ class GenerationOptions:
 
     Raises:
         ValueError: A value breaks its rule.
-        FileNotFoundError: `adapter` is not the folder of an adapter.
     """
 
     adapter: str
@@ -49,41 +48,44 @@ class GenerationOptions:
             raise ValueError(
                 f"`temperature` must be zero or a finite positive number; got temperature={self.temperature!r}."
             )
+        require_integer("seed", self.seed, minimum=0, maximum=2**32 - 1)
         pretrained.choose_dtype(self.dtype)
-        read_config(Path(self.adapter))
-
-    def base_model(self) -> str:
-        """Return the name of the base model.
-
-        Raises:
-            ValueError: None is given, and the adapter names none.
-        """
-        if self.model:
-            return self.model
-        stored = read_config(Path(self.adapter)).get("base_model_name_or_path")
-        if not stored:
-            raise ValueError(f"`model` must be given: the adapter in {self.adapter!r} names no base model.")
-        return stored
 
 
 def generate(options: GenerationOptions, prompt: str, write: Callable[[str], None]) -> None:
     """Answer `prompt`, and pass the text to `write` piece by piece.
 
     Raises:
-        ValueError: The prompt is empty.
+        ValueError: The prompt is empty, the adapter cannot be used, or no base model is named.
+        FileNotFoundError: The adapter or the base model does not exist.
     """
     from peft import PeftModel
 
     if not prompt.strip():
         raise ValueError("`prompt` must have text; got none.")
+    base = _checked_base_model(options)
     with quiet_libraries(_StderrNotes()):
-        model, tokenizer = pretrained.load(options.base_model(), options.dtype)
+        model, tokenizer = pretrained.load(base, options.dtype)
         if options.use_adapter:
             model = PeftModel.from_pretrained(model, options.adapter)
         if torch.cuda.is_available():
             model = model.to("cuda")
         torch.manual_seed(options.seed)
         _stream_answer(model, tokenizer, prompt.strip("\n"), options.max_new_tokens, options.temperature, write)
+
+
+def _checked_base_model(options: GenerationOptions) -> str:
+    """Check the adapter, and return the name of the base model."""
+    config = read_config(options.adapter)
+    # PEFT loads the authors' format with a wrong scale, and values that are not finite without a message.
+    if options.use_adapter and config.get("peft_type") == "GRALORA":
+        adapter = open_adapter(options.adapter)
+        for name in adapter.layers:
+            adapter.factors(name)
+    base = options.model or config.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"`model` must be given: the adapter in {options.adapter!r} names no base model.")
+    return base
 
 
 def _stream_answer(
