@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from gralora.checks import dtype_named, is_number, require_integer, require_positive, require_text
+from gralora.checks import dtype_name, dtype_named, is_number, require_integer, require_positive, require_text
 
 
 @pytest.mark.parametrize("value", [0, -1, True, 1.0, "1", None])
@@ -49,6 +49,7 @@ def test_a_bool_is_not_a_number():
 
 
 def test_dtypes_by_name():
+    assert dtype_name(torch.bfloat16) == "bfloat16"
     assert dtype_named("bfloat16") is torch.bfloat16
     assert dtype_named("auto", auto=torch.float16) is torch.float16
     with pytest.raises(ValueError, match="`dtype` must be 'float32', 'bfloat16' or 'float16'; got dtype='auto'"):

@@ -1,6 +1,8 @@
+from pathlib import Path
+
 import pytest
 import torch
-from tiny_language_model import CHAT_TEMPLATE, make_config, make_tokenizer
+from tiny_language_model import CHAT_TEMPLATE, make_config, make_tokenizer, save_model
 from transformers import AutoModelForCausalLM
 
 from gralora import pretrained
@@ -17,6 +19,20 @@ def test_the_missing_default_model_is_named_with_the_command_that_installs_it(mo
 def test_a_model_that_is_not_there_is_said(name):
     with pytest.raises(FileNotFoundError, match="`model` must be"):
         pretrained.load(name)
+
+
+def test_a_damaged_weight_file_is_said(tmp_path):
+    folder = Path(save_model(tmp_path / "model"))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"`model` must be one that transformers loads; .* fails: .+"):
+        pretrained.load(str(folder))
+
+
+def test_a_reason_that_ends_with_a_colon_goes_on():
+    assert pretrained._first_sentence("Cannot load:\n\n  no file.\nAdvice.") == "Cannot load: no file."
+    assert pretrained._first_sentence("Cannot load:") == "Cannot load:"
+    assert pretrained._first_sentence("") == ""
 
 
 def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):

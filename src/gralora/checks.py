@@ -54,6 +54,16 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype, without "torch.".
+
+    Example:
+        >>> dtype_name(torch.bfloat16)
+        'bfloat16'
+    """
+    return str(dtype).removeprefix("torch.")
+
+
 def dtype_named(name: str, auto: torch.dtype | None = None) -> torch.dtype:
     """Return the dtype called `name`: float32, bfloat16 or float16.
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from gralora.checks import dtype_named
+from gralora.checks import dtype_name, dtype_named
 from gralora.files.atomic import appearing_once
 from gralora.optional import require
 
@@ -90,7 +91,7 @@ def resolve(name: str, dtype: torch.dtype) -> Source:
         return Source(name, str(_dense_copy(_default_gguf(), dtype)))
     if name.endswith(".gguf"):
         if not os.path.isfile(name):
-            raise FileNotFoundError(f"`model` must be a file that exists; there is no {name!r}.")
+            raise FileNotFoundError(f"`model` must be a GGUF file that exists; there is no {name!r}.")
         return Source(name, str(_dense_copy(Path(name), dtype)))
     if os.path.isdir(name):
         if not os.path.isfile(os.path.join(name, "config.json")):
@@ -120,7 +121,7 @@ def _dense_copy(gguf: Path, dtype: torch.dtype) -> Path:
     """Return a folder with the model of a GGUF file as dense weights, converted on first use."""
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    folder = cache_folder() / f"{gguf.stem}-{str(dtype).removeprefix('torch.')}-{digest}"
+    folder = cache_folder() / f"{gguf.stem}-{dtype_name(dtype)}-{digest}"
     if folder.is_dir():
         return folder
     require("gguf", extra="train")
@@ -158,6 +159,13 @@ class _explained:
         return None
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError | ValueError | KeyError):
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, OSError | ValueError | KeyError | SafetensorError):
+            reason = _first_sentence(str(error)) or type(error).__name__
             raise ValueError(f"`model` must be one that transformers loads; {self.name!r} fails: {reason}") from error
+
+
+def _first_sentence(text: str) -> str:
+    """Return the first line of `text`, and the following ones while a line ends with a colon."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    end = next((i for i, line in enumerate(lines) if not line.endswith(":")), len(lines) - 1)
+    return " ".join(lines[: end + 1])

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         (["train", "--config", "nowhere.yaml"], "there is no 'nowhere.yaml'"),
         (["train", "--r", "6", "--k", "4"], "--k must divide --r; got --k 4 with --r 6."),
         (["train", "--resume"], "--resume needs the folder of an earlier run; 'gralora-adapter' has no run.json"),
-        (["train", "--output", "{adapter}"], "Name another one, or pass --resume to continue the run in it."),
+        (["train", "--output", "{adapter}"], "Name another one, or continue the run in it with --resume."),
         (["generate", "nowhere"], "'nowhere' has no adapter_config.json"),
         (["generate", "{adapter}", "--prompt", " "], "--prompt must have text"),
         (["generate", "{adapter}", "--prompt", "a", "--temperature", "-1"], "--temperature must be zero or"),
@@ -32,6 +32,7 @@ def test_a_mistake_on_the_command_line_is_said_and_ends_with_2(
     assert run(*[argument.format(bad="bad.jsonl", rows=rows_file, adapter=adapter) for argument in arguments]) == 2
     printed = capsys.readouterr()
     assert message in printed.err
+    assert not printed.out.startswith("\n")
     assert "Traceback" not in printed.err
 
 

@@ -35,3 +35,16 @@ def test_sampling_depends_on_the_seed_alone(adapter, capsys):
         run("generate", adapter, "--prompt", "a", "--max-new-tokens", "8", "--temperature", "5", "--seed", seed)
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1] != answers[2]
+
+
+def test_a_terminal_is_asked_for_the_prompt(adapter, capsys, monkeypatch):
+    terminal = io.StringIO("say 1\n")
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stdin", terminal)
+    assert run("generate", adapter, "--max-new-tokens", "1") == 0
+    assert "reading the prompt from standard input; end with Ctrl-D\n" in capsys.readouterr().err
+
+
+def test_usage_names_the_argument_as_errors_do(capsys):
+    assert run("generate", "--help") == 0
+    assert "ADAPTER" in capsys.readouterr().out.splitlines()[1]

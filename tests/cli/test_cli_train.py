@@ -107,7 +107,7 @@ def test_every_option_of_a_run_is_passed_on(tmp_path, monkeypatch):
     given = {"model": "m", "data": "d", "eval": "e", "r": 8, "hybrid_r": 1, "alpha": 2.0, "k": 4, "dropout": 0.5}
     given |= {"target_modules": "q_proj", "lr": 0.1, "steps": 3, "batch_size": 2, "max_length": 9, "dtype": "float16"}
     given |= {"output": str(tmp_path / "out"), "seed": 7, "threads": 1, "gradient_checkpointing": True}
-    assert given.keys() | {"epochs", "resume"} == {field.name for field in fields(TrainingOptions)}
+    assert given.keys() | {"epochs"} == {field.name for field in fields(TrainingOptions)}
     seen = []
 
     def train(options, reporter):

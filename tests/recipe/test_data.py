@@ -1,9 +1,9 @@
 import json
 
 import pytest
-from tiny_language_model import MARKED_TEMPLATE, make_tokenizer
+from tiny_language_model import CHAT_TEMPLATE, MARKED_TEMPLATE, make_tokenizer
 
-from gralora.recipe.data import IGNORED, encode, encode_prompt, parse_rows, read_rows, template_stop_ids
+from gralora.recipe.data import IGNORED, check_prompts, encode, encode_prompt, parse_rows, read_rows, template_stop_ids
 from gralora.recipe.tasks import support_rows
 
 GOOD = '{"prompt": "a", "completion": "b"}'
@@ -25,15 +25,16 @@ def rows_of(*items):
         ('{"completion": "a"}', "line 2 has no `prompt`"),
         ('{"text": "a"}', "line 2 has neither `messages` nor `prompt` and `completion` (its fields: 'text')"),
         ("{}", "its fields: none"),
-        ("[1]", "line 2 is a JSON array, not an object"),
-        ('"a"', "line 2 is a JSON string, not an object"),
-        ('{"prompt": 1, "completion": "b"}', "got number and string"),
-        ('{"prompt": "a", "completion": null}', "got string and null"),
+        ("[1]", "line 2 is an array, not a JSON object"),
+        ("[]", "line 2 is an empty array, not a JSON object"),
+        ('"a"', "line 2 is a string, not a JSON object"),
+        ('{"prompt": 1, "completion": "b"}', "got a number and a string"),
+        ('{"prompt": "a", "completion": null}', "got a string and null"),
         ('{"prompt": "a", "completion": " "}', "line 2 has an empty `completion`"),
         ('{"messages": [], "prompt": "a"}', "line 2 has `messages` and `prompt`/`completion`"),
         ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}', "use one format"),
         ('{"messages": []}', "must have a list of messages in `messages`; got an empty array"),
-        ('{"messages": "a"}', "must have a list of messages in `messages`; got string"),
+        ('{"messages": "a"}', "must have a list of messages in `messages`; got a string"),
         ('{"messages": [1]}', "has a number as message 1 of `messages`"),
         ('{"messages": [{"role": "user"}]}', "has no `content` in message 1"),
         ('{"messages": [{"role": "user", "content": null}]}', "has null as `content` in message 1"),
@@ -156,6 +157,26 @@ def test_conversations_need_a_chat_template():
     rows = rows_of({"messages": messages(("user", "a"), ("assistant", "b"))})
     with pytest.raises(ValueError, match="no chat template"):
         encode(rows, make_tokenizer(None), 100, "rows")
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, MARKED_TEMPLATE])
+def test_a_row_that_the_chat_template_refuses_is_named(template):
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    rows = rows_of(
+        {"messages": messages(("user", "a"), ("assistant", "b"))},
+        {"messages": messages(("system", "s"), ("user", "a"), ("assistant", "b"))},
+    )
+    tokenizer = make_tokenizer(refusing + template)
+    with pytest.raises(ValueError, match="line 2 is refused by the chat template: no system role"):
+        encode(rows, tokenizer, 100, "rows")
+    with pytest.raises(ValueError, match="line 2 is refused by the chat template: no system role"):
+        check_prompts(rows, tokenizer, "rows")
+
+
+def test_a_template_that_needs_a_system_message_encodes_rows_that_have_one():
+    needs = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+    rows = rows_of({"messages": messages(("system", "s"), ("user", "a"), ("assistant", "b"))})
+    assert encode(rows, make_tokenizer(needs + CHAT_TEMPLATE), 100, "rows").labels
 
 
 def test_the_end_of_a_turn_stops_an_answer_even_where_it_is_not_the_end_of_text():

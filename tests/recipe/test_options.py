@@ -15,6 +15,11 @@ from gralora.recipe.options import PACKAGED_TASK_STEPS, TrainingOptions
         ({"k": 3}, "`gralora_k` must divide `r`"),
         ({"dropout": 1.0}, "`gralora_dropout` must be in"),
         ({"seed": -1}, "`seed` must be an integer from 0"),
+        (
+            {"target_modules": "("},
+            "`target_modules` must be names or a regular expression; got target_modules='(': mis",
+        ),
+        ({"target_modules": "q_proj,"}, "got target_modules='q_proj,': a name is missing."),
         ({"model": ""}, "`model` must be text"),
     ],
 )

@@ -6,9 +6,9 @@ import pytest
 from runs import Recorder, adapter_bytes, contents, interrupt, stop_at_once
 from tiny_language_model import write_rows
 
-from gralora.recipe.resume import RunState, last_checkpoint, options_of_run
+from gralora.recipe.resume import RunState, last_checkpoint
 from gralora.recipe.run_folder import RunFolder
-from gralora.recipe.training import train
+from gralora.recipe.training import resume_run, train
 
 pytest_plugins = ["run_fixtures"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,7 +23,7 @@ def test_an_interrupted_run_ends_as_an_unbroken_one_bit_for_bit(options, unbroke
     assert signal.getsignal(signal.SIGINT) is handler
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
-    whole = train(options_of_run(str(tmp_path / "out"), {}))
+    whole = resume_run(str(tmp_path / "out"))
     assert whole.losses == unbroken[0].losses
     assert partial.losses == whole.losses[: partial.steps]
     assert adapter_bytes(tmp_path / "out") == unbroken[1]
@@ -37,19 +37,19 @@ def test_a_run_that_died_goes_on_from_its_last_whole_checkpoint(options, unbroke
     assert newest.step == 6
     (newest.path / "trainer_state.json").write_text('{"global_step": 6')
     assert last_checkpoint(folder).step == 4
-    assert train(options(resume=True)).losses == unbroken[0].losses
+    assert resume_run(str(tmp_path / "out")).losses == unbroken[0].losses
     assert adapter_bytes(tmp_path / "out") == unbroken[1]
 
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_over(options, unbroken, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(options(), Recorder(1, stop_at_once))
-    assert train(options(resume=True)).losses == unbroken[0].losses
+    assert resume_run(str(tmp_path / "out")).losses == unbroken[0].losses
 
 
 def test_resuming_a_finished_run_changes_nothing(options, unbroken):
     output = Path(unbroken[0].output)
-    result = train(options(output=str(output), resume=True))
+    result = resume_run(str(output))
     assert result.losses == unbroken[0].losses
     assert adapter_bytes(output) == unbroken[1]
 
@@ -57,13 +57,13 @@ def test_resuming_a_finished_run_changes_nothing(options, unbroken):
 def test_resuming_takes_the_options_of_the_run_and_no_others(options, tmp_path):
     train(options(seed=3), Recorder(1, interrupt))
     output = str(tmp_path / "out")
-    assert options_of_run(output, {"threads": 1, "r": 4}) == options(seed=3, threads=1, resume=True)
+    assert RunState.read(output).options_for(output, threads=2) == options(seed=3, threads=2)
     with pytest.raises(ValueError, match=r"`lr` must be that of the run to resume; got lr=0.5, and the run has 0.01"):
-        options_of_run(output, {"lr": 0.5})
+        resume_run(output, {"threads": 1, "r": 4, "lr": 0.5})
     with pytest.raises(ValueError, match=r"`seed` must be that of the run to resume"):
-        train(options(seed=4, resume=True))
+        resume_run(output, {"seed": 0})
     with pytest.raises(ValueError, match=r"has no run\.json"):
-        options_of_run(str(tmp_path / "elsewhere"), {})
+        resume_run(str(tmp_path / "elsewhere"))
 
 
 def test_resuming_on_other_rows_is_refused(options, tmp_path):
@@ -72,7 +72,7 @@ def test_resuming_on_other_rows_is_refused(options, tmp_path):
     train(options(data=str(data)), Recorder(1, interrupt))
     write_rows(data, start=1)
     with pytest.raises(ValueError, match="has changed"):
-        train(options(data=str(data), resume=True))
+        resume_run(str(tmp_path / "out"))
 
 
 def test_a_run_of_an_earlier_version_is_resumed(options, unbroken, tmp_path):
@@ -83,7 +83,7 @@ def test_a_run_of_an_earlier_version_is_resumed(options, unbroken, tmp_path):
     assert stored.keys() == {"options", "threads", "data_sha256"}
     del stored["options"]["gradient_checkpointing"]
     (output / "run.json").write_text(json.dumps(stored))
-    assert train(options(resume=True)).losses == unbroken[0].losses
+    assert resume_run(str(tmp_path / "out")).losses == unbroken[0].losses
 
 
 def test_the_base_model_is_scored_once_in_a_run(options, tmp_path):
@@ -92,7 +92,7 @@ def test_the_base_model_is_scored_once_in_a_run(options, tmp_path):
     stored = json.loads((tmp_path / "out" / "run.json").read_text())
     assert stored["before"].keys() == {"exact_match", "first_answer"}
     recorder = Recorder()
-    result = train(options(eval=held_out, steps=3, resume=True), recorder)
+    result = resume_run(str(tmp_path / "out"), reporter=recorder)
     assert {what for what, _, _ in recorder.scores} == {"after"}
     assert result.example["before"] == stored["before"]["first_answer"]
 
@@ -116,12 +116,9 @@ def test_a_refused_resume_writes_nothing(options, tmp_path):
     (output / ".partial-killed").mkdir()
     before = contents(output)
     with pytest.raises(ValueError, match="must be that of the run"):
-        train(options(lr=0.5, resume=True))
-    with pytest.raises(ValueError, match="must be that of the run"):
-        options_of_run(str(output), {"lr": 0.5})
-    options_of_run(str(output), {})
+        resume_run(str(output), {"lr": 0.5})
     assert contents(output) == before
     assert (output / ".partial-killed").is_dir()
-    with pytest.raises(ValueError, match="`resume=True` needs the folder of an earlier run"):
-        train(options(output=str(tmp_path / "elsewhere"), resume=True))
+    with pytest.raises(ValueError, match="`resume_run` needs the folder of an earlier run"):
+        resume_run(str(tmp_path / "elsewhere"))
     assert not (tmp_path / "elsewhere").exists()

@@ -10,7 +10,7 @@ def test_asking_whether_a_run_may_write_here_makes_no_folder(tmp_path):
     folder.prepare()
     assert folder.new_run_refusal() is None
     (folder.path / "mine").touch()
-    assert "pass `resume=True` to continue the run in it" in folder.new_run_refusal()
+    assert "continue the run in it with `resume_run`" in folder.new_run_refusal()
 
 
 def test_preparing_removes_what_a_killed_run_left(tmp_path):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from gralora.recipe import training
 from gralora.recipe.options import TrainingOptions
-from gralora.recipe.training import train
+from gralora.recipe.training import resume_run, train
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -96,7 +96,7 @@ def test_a_full_disk_is_said_and_what_was_there_stays(options, tmp_path, monkeyp
 
     monkeypatch.setattr(training, "write_loss_curve", fail)
     with pytest.raises(RuntimeError, match="The disk is full"):
-        train(options(resume=True))
+        resume_run(str(output))
     assert before == {file.name: file.read_bytes() for file in output.iterdir() if file.is_file()}
     assert sorted(path.name for path in output.iterdir()) == sorted([*before, "checkpoints"])
 

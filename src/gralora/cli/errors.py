@@ -4,7 +4,13 @@ import re
 from typing import Any
 
 # Library names of parameters that a verb calls differently. The verb's own parameters take precedence.
-_SYNONYMS = {"gralora_k": "k", "gralora_dropout": "dropout", "use_adapter": "adapter_on", "model": "base"}
+_SYNONYMS = {
+    "gralora_k": "k",
+    "gralora_dropout": "dropout",
+    "use_adapter": "adapter_on",
+    "model": "base",
+    "resume_run": "resume",
+}
 
 
 def with_flags(message: str, verb: Any) -> str:

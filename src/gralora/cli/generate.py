@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from gralora.cli.options import option
+from gralora.cli.options import argument, option
+from gralora.files.adapter_config import read_config
 from gralora.recipe.answer import GenerationOptions
 from gralora.recipe.answer import generate as run_generation
 
@@ -14,7 +15,7 @@ _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Gener
 
 
 def generate(
-    adapter: Annotated[str, typer.Argument(help="Folder of an adapter.", show_default=False)],
+    adapter: Annotated[str, argument("Folder of an adapter.", "ADAPTER")],
     model: Annotated[str | None, option("Base model.", default="the one that the adapter names")] = None,
     prompt: Annotated[str | None, option("Text to answer.", default="standard input")] = None,
     max_new_tokens: Annotated[
@@ -42,12 +43,17 @@ def generate(
         dtype=dtype,
         seed=seed,
     )
+    read_config(adapter)  # a wrong folder is reported before a prompt is read
     try:
-        run_generation(options, sys.stdin.read() if prompt is None else prompt, _write)
+        if prompt is None:
+            if sys.stdin.isatty():
+                print("reading the prompt from standard input; end with Ctrl-D", file=sys.stderr)
+            prompt = sys.stdin.read()
+        run_generation(options, prompt, _write)
     except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-    finally:
         _write("\n")
+        raise typer.Exit(130) from None
+    _write("\n")
 
 
 def _write(text: str) -> None:

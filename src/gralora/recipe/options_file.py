@@ -11,7 +11,7 @@ from gralora.recipe.options import TrainingOptions
 
 
 def read_options_file(path: str) -> dict[str, Any]:
-    """Return the options in a YAML file, by field name of `TrainingOptions`.
+    """Return the options in a YAML file, by field name of `TrainingOptions`, and `resume`.
 
     In the file, hyphens may stand for underscores.
 
@@ -33,6 +33,7 @@ def read_options_file(path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"`config` must map names to values; {path!r} holds a {type(content).__name__}.")
     types = {field.name: (get_args(field.type) or (field.type,))[0] for field in fields(TrainingOptions)}
+    types["resume"] = bool
     options = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
@@ -49,7 +50,7 @@ def read_options_file(path: str) -> dict[str, Any]:
 
 
 def overlay(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Return `base` with the entries of `over` laid over it; `steps` and `epochs` replace each other.
+    """Return `base` updated with `over`; `steps` and `epochs` replace each other.
 
     Example:
         >>> overlay({"epochs": 3, "r": 8}, {"steps": 10})

@@ -9,7 +9,7 @@ resume is to
 3. continue from the newest complete checkpoint, or from step 0 where there is none.
 
 On the CPU, with the same number of threads, the losses and the adapter are then the same, bit for bit, as
-those of a run that was not interrupted. A run whose steps are all done is only loaded.
+those of a run that was not interrupted. A finished run is loaded, not trained further.
 """
 
 import json
@@ -25,7 +25,7 @@ from gralora.recipe.run_folder import RunFolder, write_json
 
 _RUN_FILE = "run.json"
 # Options that may differ from those of the run. They are not stored as its options.
-_FREE = {"output", "resume", "threads"}
+_FREE = {"output", "threads"}
 _DEFAULTS = {field.name: field.default for field in fields(TrainingOptions)}
 
 
@@ -41,7 +41,7 @@ class RunState:
     """What a run stores in `run.json`.
 
     Attributes:
-        options: Values of the options by name, without `output`, `resume` and `threads`.
+        options: Values of the options by name, without `output` and `threads`.
         threads: Number of CPU threads, on which the exact bits depend.
         data_sha256: `EncodedRows.fingerprint` of the training rows.
         before: Score of the base model; None without held-out rows, or before it is measured.
@@ -87,7 +87,7 @@ class RunState:
             write_json(partial / _RUN_FILE, stored)
 
     def options_refusal(self, given: dict[str, Any]) -> str | None:
-        """Return why the run cannot be resumed with the options `given`, or None."""
+        """Return why the run cannot be resumed with the options `given`, or None; only `threads` may differ."""
         for name, value in given.items():
             stored = self.options.get(name, _DEFAULTS.get(name))
             if name not in _FREE and value != stored:
@@ -96,6 +96,11 @@ class RunState:
                     "Leave it out, or start a new run in another folder."
                 )
         return None
+
+    def options_for(self, output: str, threads: int | None = None) -> TrainingOptions:
+        """Return the options of the run, for the folder `output` and a number of CPU threads."""
+        stored = {name: value for name, value in self.options.items() if name in _DEFAULTS and name not in _FREE}
+        return TrainingOptions(**stored, output=output, threads=threads or self.threads)
 
     def data_refusal(self, data: str | None, data_sha256: str) -> str | None:
         """Return why the run cannot be resumed on rows from `data` with this fingerprint, or None."""
@@ -118,24 +123,7 @@ def resume_refusal(output: str) -> str | None:
     """Return why there is no run to resume in the folder `output`, or None."""
     if (Path(output) / _RUN_FILE).is_file():
         return None
-    return f"`resume=True` needs the folder of an earlier run; {output!r} has no {_RUN_FILE}."
-
-
-def options_of_run(output: str, given: dict[str, Any]) -> TrainingOptions:
-    """Return the options to resume the run in the folder `output` with.
-
-    Args:
-        output: Folder of the run.
-        given: Options that the caller repeats; only `threads` may differ from the run.
-
-    Raises:
-        ValueError: There is no run, or an option differs from the run's.
-    """
-    state = RunState.read(output)
-    if reason := state.options_refusal(given):
-        raise ValueError(reason)
-    stored = {name: value for name, value in state.options.items() if name in _DEFAULTS and name not in _FREE}
-    return TrainingOptions(**stored, output=output, resume=True, threads=given.get("threads"))
+    return f"`resume_run` needs the folder of an earlier run; {output!r} has no {_RUN_FILE}."
 
 
 def last_checkpoint(folder: RunFolder) -> Checkpoint | None:

@@ -30,8 +30,8 @@ class RunFolder:
         if not self.path.is_file() and not (self.path.is_dir() and any(self.path.iterdir())):
             return None
         return (
-            f"`output` must be a new or an empty folder; got output={str(self.path)!r}. Name another one, or pass "
-            "`resume=True` to continue the run in it."
+            f"`output` must be a new or an empty folder; got output={str(self.path)!r}. Name another one, or "
+            "continue the run in it with `resume_run`."
         )
 
     def prepare(self) -> None:
@@ -83,10 +83,15 @@ def explaining_full_disk(folder: Path) -> Iterator[None]:
     except Exception as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         # safetensors keeps the system's text; torch only says that it failed to write.
-        told = ("No space left on device", "os error 28", "Disk quota exceeded", "PytorchStreamWriter failed writing")
-        if full or any(text in str(error) for text in told):
+        messages = (
+            "No space left on device",
+            "os error 28",
+            "Disk quota exceeded",
+            "PytorchStreamWriter failed writing",
+        )
+        if full or any(text in str(error) for text in messages):
             raise RuntimeError(
                 f"The disk is full: {str(folder)!r} could not be written. The files that were complete are kept. Free "
-                "some space, then pass `resume=True` to continue."
+                "some space, then continue with `resume_run`."
             ) from error
         raise

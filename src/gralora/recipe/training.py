@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from gralora import pretrained
+from gralora.checks import dtype_name
 from gralora.export import rank_warning
 from gralora.files.atomic import replacing_files
 from gralora.optional import require
 from gralora.recipe import model_card, resume
-from gralora.recipe.data import EncodedRows, Row, encode, parse_rows, read_rows
+from gralora.recipe.data import EncodedRows, Row, check_prompts, encode, parse_rows, read_rows
 from gralora.recipe.options import PACKAGED_TASK, TrainingOptions
 from gralora.recipe.progress import Reporter, RunSummary, quiet_libraries
 from gralora.recipe.result import TrainingResult
@@ -31,7 +32,7 @@ from gralora.tuner.layer import gralora_layers
 
 
 def train(options: TrainingOptions, reporter: Reporter | None = None) -> TrainingResult:
-    """Train an adapter and write its folder.
+    """Train an adapter and write its folder; `resume_run` continues an interrupted run.
 
     SIGINT and SIGTERM end the run after the current step and save everything; a second signal ends it at
     once.
@@ -46,28 +47,59 @@ def train(options: TrainingOptions, reporter: Reporter | None = None) -> Trainin
         ImportError: A library is missing; the message has the command that installs it.
         RuntimeError: The loss is not finite, `output` cannot be written, or the disk is full.
     """
-    require("trl", "datasets", "matplotlib", extra="train")
-    started = time.perf_counter()
-    reporter = reporter or Reporter()
+    _require_libraries()
     folder = RunFolder(options.output)
-    state = RunState.read(options.output) if options.resume else None
-    if reason := state.options_refusal(asdict(options)) if state else folder.new_run_refusal():
+    if reason := folder.new_run_refusal():
         raise ValueError(reason)
+    return _carry_out(options, folder, None, reporter or Reporter())
+
+
+def resume_run(output: str, given: dict[str, Any] | None = None, reporter: Reporter | None = None) -> TrainingResult:
+    """Continue the interrupted run in the folder `output`, with its options.
+
+    Args:
+        output: Folder of the run.
+        given: Options by name; they must be those of the run, except `threads`.
+        reporter: Receives progress events; silent by default.
+
+    Raises:
+        ValueError: There is no run, an option differs from the run's, or the rows have changed.
+        FileNotFoundError: A file or the model does not exist.
+        ImportError: A library is missing; the message has the command that installs it.
+        RuntimeError: The loss is not finite, `output` cannot be written, or the disk is full.
+    """
+    _require_libraries()
+    given = given or {}
+    state = RunState.read(output)
+    if reason := state.options_refusal(given):
+        raise ValueError(reason)
+    options = state.options_for(output, given.get("threads"))
+    return _carry_out(options, RunFolder(output), state, reporter or Reporter())
+
+
+def _require_libraries() -> None:
+    require("trl", "datasets", "matplotlib", extra="train")
+
+
+def _carry_out(
+    options: TrainingOptions, folder: RunFolder, state: RunState | None, reporter: Reporter
+) -> TrainingResult:
+    started = time.perf_counter()
     folder.prepare()
-    if threads := options.threads or (state and state.threads):
-        torch.set_num_threads(threads)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     with quiet_libraries(reporter), explaining_full_disk(folder.path):
         return _Run(options, folder, state, reporter, started).carry_out()
 
 
 class _Run:
-    """One call of `train`, and what its parts share."""
+    """One call of `train` or `resume_run`, and what its parts share."""
 
     def __init__(
         self,
         options: TrainingOptions,
         folder: RunFolder,
-        state: RunState | None,
+        resumed: RunState | None,
         reporter: Reporter,
         started: float,
     ) -> None:
@@ -75,37 +107,36 @@ class _Run:
         self.folder = folder
         self.reporter = reporter
         self.started = started
-        self.resumed = state
-
-    def carry_out(self) -> TrainingResult:
-        options, reporter = self.options, self.reporter
-        train_rows, eval_rows = _read_rows(options)
+        train_rows, self.eval_rows = _read_rows(options)
         dtype = pretrained.choose_dtype(options.dtype)
         reporter.note(f"loading {options.model}")
         source = pretrained.resolve(options.model, dtype)
         self.tokenizer = source.load_tokenizer()
         encoded = encode(train_rows, self.tokenizer, options.max_length, options.data or PACKAGED_TASK)
+        check_prompts(self.eval_rows, self.tokenizer, options.eval or PACKAGED_TASK)
         if encoded.earlier_answers_ignored:
             reporter.note(
                 "note: the chat template does not mark the assistant's tokens, so only the last answer of each "
                 "conversation is learned."
             )
-        self.state = self._state(encoded.fingerprint())
-        checkpoint = resume.last_checkpoint(self.folder) if options.resume else None
-        first_step = checkpoint.step if checkpoint else 0
-        callback = StepCallback(reporter)
-        trainer = self._trainer(source.load_model(dtype), encoded, callback)
-        self.model = trainer.model
+        self.state = _state(options, resumed, encoded.fingerprint())
+        self.checkpoint = resume.last_checkpoint(folder) if resumed else None
+        self.callback = StepCallback(reporter)
+        self.trainer = self._trainer(source.load_model(dtype), encoded)
+        self.model: Any = self.trainer.model
+        reporter.ready(self._summary(encoded))
+
+    def carry_out(self) -> TrainingResult:
+        options, reporter, trainer, checkpoint = self.options, self.reporter, self.trainer, self.checkpoint
         total = trainer.args.max_steps
-        reporter.ready(self._summary(trainer, encoded, eval_rows, first_step))
         if warning := rank_warning(options.k, options.r, options.hybrid_r):
             reporter.note(warning)
 
-        self._score_base(eval_rows)
-        if checkpoint and first_step >= total:
+        self._score_base()
+        if checkpoint and checkpoint.step >= total:
             resume.load_finished(trainer, checkpoint)
         else:
-            with callback.interruptible():
+            with self.callback.interruptible():
                 trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         before = self.state.before
         losses = tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
@@ -117,23 +148,16 @@ class _Run:
             before=before.exact_match if before else None,
             after=None,
             example=None,
-            tokens_per_second=callback.tokens_per_second(),
+            tokens_per_second=self.callback.tokens_per_second(),
             seconds=time.perf_counter() - self.started,
         )
         self._write(result, adapter=True)
         if before and not result.interrupted:
-            result = self._score_trained(result, before, eval_rows)
+            result = self._score_trained(result, before)
             self._write(result, adapter=False)
         return result
 
-    def _state(self, data_sha256: str) -> RunState:
-        if self.resumed is None:
-            return RunState.start(self.options, data_sha256)
-        if reason := self.resumed.data_refusal(self.options.data, data_sha256):
-            raise ValueError(reason)
-        return self.resumed
-
-    def _trainer(self, model: Any, encoded: EncodedRows, callback: Any) -> Any:
+    def _trainer(self, model: Any, encoded: EncodedRows) -> Any:
         from datasets import Dataset
         from transformers import PrinterCallback
         from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
@@ -168,19 +192,19 @@ class _Run:
             train_dataset=dataset,
             processing_class=self.tokenizer,
             peft_config=options.adapter_config(),
-            callbacks=[callback],
+            callbacks=[self.callback],
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
 
-    def _summary(self, trainer: Any, encoded: EncodedRows, eval_rows: list[Row], first_step: int) -> RunSummary:
+    def _summary(self, encoded: EncodedRows) -> RunSummary:
         options = self.options
         layers = gralora_layers(self.model)
         trainable, everything = self.model.get_nb_trainable_parameters()
         return RunSummary(
             model=options.model,
-            dtype=str(next(iter(layers.values())).get_base_layer().weight.dtype).removeprefix("torch."),
-            device=str(trainer.args.device),
+            dtype=dtype_name(next(iter(layers.values())).get_base_layer().weight.dtype),
+            device=str(self.trainer.args.device),
             targets=dict(Counter(name.rpartition(".")[2] for name in layers)),
             trainable_parameters=trainable,
             all_parameters=everything,
@@ -190,32 +214,33 @@ class _Run:
             scale=next(iter(layers.values())).scaling["default"],
             train_rows=len(encoded.input_ids),
             truncated_rows=encoded.truncated,
-            eval_rows=len(eval_rows),
-            steps=trainer.args.max_steps,
-            first_step=first_step,
+            eval_rows=len(self.eval_rows),
+            steps=self.trainer.args.max_steps,
+            first_step=self.checkpoint.step if self.checkpoint else 0,
             batch_size=options.batch_size,
         )
 
-    def _score_base(self, eval_rows: list[Row]) -> None:
+    def _score_base(self) -> None:
         """Measure the score before training, once per run, and store the state of the run."""
-        if eval_rows and self.state.before is None:
+        if self.eval_rows and self.state.before is None:
             with self.model.disable_adapter():
-                score = self._score("before", eval_rows)
+                score = self._score("before")
             self.state = replace(self.state, before=BaseScore(score.exact_match, score.answers[0]))
         self.state.write(self.folder)
 
-    def _score_trained(self, result: TrainingResult, before: BaseScore, eval_rows: list[Row]) -> TrainingResult:
-        after = self._score("after", eval_rows)
+    def _score_trained(self, result: TrainingResult, before: BaseScore) -> TrainingResult:
+        after = self._score("after")
         example = {
-            "prompt": eval_rows[0].prompt[-1]["content"],
-            "reference": eval_rows[0].completion,
+            "prompt": self.eval_rows[0].prompt[-1]["content"],
+            "reference": self.eval_rows[0].completion,
             "before": before.first_answer,
             "after": after.answers[0],
         }
         seconds = time.perf_counter() - self.started
         return replace(result, after=after.exact_match, example=example, seconds=seconds)
 
-    def _score(self, when: str, rows: list[Row]) -> Score:
+    def _score(self, when: str) -> Score:
+        rows = self.eval_rows
         self.reporter.scoring(when, 0, len(rows))
         # Scoring must not change the random numbers that training draws.
         with torch.random.fork_rng():
@@ -254,6 +279,14 @@ class _Run:
             self.model.save_pretrained(path, save_embedding_layers=False)
         finally:
             config.base_model_name_or_path = loaded_from
+
+
+def _state(options: TrainingOptions, resumed: RunState | None, data_sha256: str) -> RunState:
+    if resumed is None:
+        return RunState.start(options, data_sha256)
+    if reason := resumed.data_refusal(options.data, data_sha256):
+        raise ValueError(reason)
+    return resumed
 
 
 def _read_rows(options: TrainingOptions) -> tuple[list[Row], list[Row]]:
