@@ -103,7 +103,20 @@ def test_a_state_is_read_back_as_it_was_written(options, tmp_path):
     assert RunState.read(str(tmp_path)) == state
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"options": 1, "threads": 1, "data_sha256": ""}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"options": 1, "threads": 1, "data_sha256": ""}',
+        '{"options": {}, "threads": "x", "data_sha256": "a"}',
+        '{"options": {"r": "x"}, "threads": 1, "data_sha256": "a"}',
+        '{"options": {}, "threads": 1, "data_sha256": 1}',
+        '{"options": {}, "threads": 1, "data_sha256": "a", "before": {"exact_match": "x", "first_answer": ""}}',
+    ],
+)
 def test_a_damaged_state_is_said(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(ValueError, match=r"`output` must hold a readable run\.json"):

@@ -27,11 +27,11 @@ def main(arguments: list[str] | None = None) -> None:
     except _ERRORS as error:
         if os.environ.get("GRALORA_TRACEBACK"):
             raise
-        print(f"error: {_told(error, verbs.get(arguments[0]) if arguments else None)}", file=sys.stderr)
+        print(f"error: {_respelled(error, verbs.get(arguments[0]) if arguments else None)}", file=sys.stderr)
         sys.exit(2)
 
 
-def _told(error: Exception, verb: Any) -> str:
+def _respelled(error: Exception, verb: Any) -> str:
     from gralora.cli.errors import with_flags
 
     return str(error) if verb is None else with_flags(str(error), verb)

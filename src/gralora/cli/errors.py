@@ -10,7 +10,9 @@ _SYNONYMS = {
     "use_adapter": "adapter_on",
     "model": "base",
     "resume_run": "resume",
+    "output": "plot",
 }
+_QUOTED = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 
 
 def with_flags(message: str, verb: Any) -> str:
@@ -24,7 +26,9 @@ def with_flags(message: str, verb: Any) -> str:
         verb: The click command that failed.
     """
     message = re.sub(r"`(\w+)(?:=([^`]+))?`", lambda match: _flag(match, verb) or match[0], message)
-    return re.sub(r"(?<=\s)(\w+)=(?=\S)", lambda match: _got(match, verb) or match[0], message)
+    # Quoted text is the user's, and stays; an apostrophe inside a word begins no quotation.
+    got = rf"(?<!\w){_QUOTED}|(?<=\s)(\w+)=(?=\S)"
+    return re.sub(got, lambda match: (match[1] and _got(match, verb)) or match[0], message)
 
 
 def _flag(match: re.Match[str], verb: Any) -> str | None:

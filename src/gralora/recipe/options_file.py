@@ -9,6 +9,29 @@ from typing import Any, get_args
 from gralora.optional import require
 from gralora.recipe.options import TrainingOptions
 
+_TYPE_NAMES = {int: "an int", float: "a float", str: "text", bool: "true or false"}
+
+
+class _RepeatedKey(Exception):
+    """A mapping of a YAML file has a key twice."""
+
+
+def _strict_loader() -> Any:
+    """Return PyYAML's safe loader, which would silently keep the last of repeated keys, with a check for them."""
+    import yaml
+
+    class StrictLoader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            pairs = node.value if isinstance(node, yaml.MappingNode) else []
+            merge = "tag:yaml.org,2002:merge"
+            keys = [self.construct_object(key, deep=True) for key, _ in pairs if key.tag != merge]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise _RepeatedKey(key)
+            return super().construct_mapping(node, deep)
+
+    return StrictLoader
+
 
 def read_options_file(path: str) -> dict[str, Any]:
     """Return the options in a YAML file, by field name of `TrainingOptions`, and `resume`.
@@ -25,7 +48,9 @@ def read_options_file(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"`config` must be a YAML file; there is no {path!r}.")
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_strict_loader())
+    except _RepeatedKey as error:
+        raise ValueError(f"`config` must name an option once; got {error.args[0]!r} twice in {path!r}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"`config` must be a YAML file; {path!r} is not: {' '.join(str(error).split())}") from None
     if content is None:
@@ -38,10 +63,9 @@ def read_options_file(path: str) -> dict[str, Any]:
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in types:
-            near = difflib.get_close_matches(name, types, n=1, cutoff=0)
-            raise ValueError(
-                f"`config` must hold options of `gralora train`; got {key!r} in {path!r}. Nearest: {near[0]!r}."
-            )
+            near = difflib.get_close_matches(name, types, n=1)
+            hint = f"Nearest: {near[0]!r}" if near else f"The options are {', '.join(types)}"
+            raise ValueError(f"`config` must hold options of `gralora train`; got {key!r} in {path!r}. {hint}.")
         if name in options:
             raise ValueError(f"`config` must name an option once; got {key!r} twice in {path!r}.")
         if value is not None:
@@ -68,5 +92,5 @@ def _converted(name: str, value: Any, wanted: type, path: str) -> Any:
         with suppress(ValueError):
             return float(value)
     if type(value) is not wanted:
-        raise ValueError(f"`{name}` must be of type {wanted.__name__}; got {name}={value!r} in {path!r}.")
+        raise ValueError(f"{path!r} must have {_TYPE_NAMES[wanted]} for {name}; got {value!r}.")
     return value

@@ -159,43 +159,32 @@ def quiet_libraries(reporter: Reporter) -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
     levels = [logger.level for logger in loggers]
     bars = _bars()
-    enabled = [is_enabled() for is_enabled, _, _ in bars]
+    enabled = [module.is_progress_bar_enabled() for module in bars]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.showwarning = lambda message, *_: reporter.note(f"note: {message}")
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        for _, _, disable in bars:
-            disable()
+        for module in bars:
+            module.disable_progress_bar()
         try:
             yield
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
-            for (_, enable, _), was_enabled in zip(bars, enabled, strict=True):
+            for module, was_enabled in zip(bars, enabled, strict=True):
                 if was_enabled:
-                    enable()
+                    module.enable_progress_bar()
 
 
 def _bars() -> list[Any]:
+    """Return the modules that turn progress bars on and off."""
     from transformers.utils import logging as transformers_logging
 
-    bars = [
-        (
-            transformers_logging.is_progress_bar_enabled,
-            transformers_logging.enable_progress_bar,
-            transformers_logging.disable_progress_bar,
-        )
-    ]
+    modules: list[Any] = [transformers_logging]
     if "datasets" in sys.modules:
         from datasets.utils import logging as datasets_logging
 
-        bars.append(
-            (
-                datasets_logging.is_progress_bar_enabled,
-                datasets_logging.enable_progress_bar,
-                datasets_logging.disable_progress_bar,
-            )
-        )
-    return bars
+        modules.append(datasets_logging)
+    return modules

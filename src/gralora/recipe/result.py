@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a training run achieved.
+    """Losses, scores and speed of a training run.
 
     Attributes:
         output: Folder with the adapter.

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from gralora.checks import is_number, require_integer, require_text
 from gralora.files.atomic import replacing_files
 from gralora.recipe.options import PACKAGED_TASK, TrainingOptions
 from gralora.recipe.run_folder import RunFolder, write_json
@@ -70,9 +71,15 @@ class RunState:
         try:
             stored = json.loads((Path(output) / _RUN_FILE).read_text())
             before = BaseScore(**stored["before"]) if stored.get("before") else None
-            return cls(dict(stored["options"]), stored["threads"], stored["data_sha256"], before)
+            state = cls(dict(stored["options"]), stored["threads"], stored["data_sha256"], before)
+            require_integer("threads", state.threads)
+            require_text("data_sha256", state.data_sha256)
+            if before and not (is_number(before.exact_match) and isinstance(before.first_answer, str)):
+                raise ValueError(f"got before={before!r}")
+            state.options_for(output)
+            return state
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"`output` must hold a readable run.json; {output!r} does not: {error!r}.") from None
+            raise ValueError(f"`output` must hold a readable run.json; {output!r} does not: {error!r}") from None
 
     def write(self, folder: RunFolder) -> None:
         """Write `run.json`."""

@@ -42,7 +42,7 @@ def score_exact_match(
     An answer is cut a few tokens after the length of the longest reference.
 
     Args:
-        model: A causal language model. It is put into evaluation mode meanwhile.
+        model: A causal language model. It is in evaluation mode during the call.
         tokenizer: The tokenizer of the model.
         rows: The held-out rows, at least one.
         batch_size: Number of rows generated at once.

@@ -69,9 +69,9 @@ class StepCallback(TrainerCallback):
         for name in ("loss", "grad_norm"):
             if not math.isfinite(logs.get(name, 0.0)):
                 raise RuntimeError(
-                    f"The training {name} is not finite at step {state.global_step}: {logs[name]}. Nothing was saved "
-                    f"at this step. Start again with a lower `lr` (it is {args.learning_rate:g}), or with "
-                    '`dtype="float32"`.'
+                    f"The training {name} is not finite at step {state.global_step}: {logs[name]}. Nothing was "
+                    f"saved at this step. Start a new run in another folder with a lower `lr` (it is "
+                    f'{args.learning_rate:g}), or with `dtype="float32"`.'
                 )
         seconds = time.perf_counter() - self.began
         tokens = logs["num_tokens"] - self.tokens
