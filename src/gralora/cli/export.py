@@ -3,10 +3,8 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from gralora.checks import dtype_named
-from gralora.cli.options import option
+from gralora.cli.options import argument, option
 from gralora.export.convert import LoraExport, LoraOptions
 from gralora.export.engines import VLLM_RANKS
 from gralora.export.formats import FORMATS
@@ -15,8 +13,8 @@ _FORMATS = ", ".join(f"{name} ({entry.description})" for name, entry in FORMATS.
 
 
 def export(
-    adapter: Annotated[str, typer.Argument(help="Folder of an adapter.", show_default=False)],
-    output: Annotated[str, typer.Argument(help="Folder to write, or file OUT.gguf.", show_default=False)],
+    adapter: Annotated[str, argument("Folder of an adapter.", "ADAPTER")],
+    output: Annotated[str, argument("Folder to write, or file OUT.gguf.", "OUTPUT")],
     format: Annotated[str, option(f"Format to write: {_FORMATS}.", default="lora")] = "lora",
     target: Annotated[
         str,

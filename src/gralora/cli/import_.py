@@ -2,17 +2,15 @@
 
 from typing import Annotated
 
-import typer
-
-from gralora.cli.options import option
+from gralora.cli.options import argument, option
 from gralora.files.adapter_config import read_config
 from gralora.importing.authors import import_original
 from gralora.importing.lora import from_lora
 
 
 def import_(
-    adapter: Annotated[str, typer.Argument(help="Folder of the adapter to convert.", show_default=False)],
-    output: Annotated[str, typer.Argument(help="Folder to write.", show_default=False)],
+    adapter: Annotated[str, argument("Folder of the adapter to convert.", "ADAPTER")],
+    output: Annotated[str, argument("Folder to write.", "OUTPUT")],
     k: Annotated[int, option("For a LoRA: blocks per side.", default=2)] = 2,
     hybrid: Annotated[
         bool, option("For a LoRA: keep it as the hybrid part, and add new blocks that start at zero.", "--hybrid")

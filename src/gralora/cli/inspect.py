@@ -3,16 +3,14 @@
 import json
 from typing import Annotated
 
-import typer
-
-from gralora.cli.options import option
+from gralora.cli.options import argument, option
 from gralora.report.inspect import Report
 from gralora.report.inspect import inspect as measure
 from gralora.report.plot import plot as draw
 
 
 def inspect(
-    adapter: Annotated[str, typer.Argument(help="Folder of an adapter.", show_default=False)],
+    adapter: Annotated[str, argument("Folder of an adapter.", "ADAPTER")],
     base: Annotated[str | None, option("Folder of the base model, for ‖ΔW‖ relative to ‖W‖.")] = None,
     plot: Annotated[str | None, option("Picture to write, .png or .svg: ‖ΔW‖ by depth and by block.")] = None,
     layer: Annotated[

@@ -2,20 +2,20 @@
 
 from typing import Annotated
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
-from gralora.cli.options import option
+from gralora.checks import dtype_name
+from gralora.cli.options import argument, option
 from gralora.export.merged_model import MergeOptions, MergeReport, merge_to_folder
 from gralora.recipe.progress import ConsoleReporter, quiet_libraries
 
 
 def merge(
-    base: Annotated[str, typer.Argument(help="Base model: a folder, a name on the hub or a GGUF file.")],
-    adapter: Annotated[str, typer.Argument(help="Folder of the adapter.")],
-    output: Annotated[str, typer.Argument(help="Folder to write.")],
+    base: Annotated[str, argument("Base model: a folder, a name on the hub or a GGUF file.", "BASE")],
+    adapter: Annotated[str, argument("Folder of the adapter.", "ADAPTER")],
+    output: Annotated[str, argument("Folder to write.", "OUTPUT")],
     dtype: Annotated[
         str, option("float32, bfloat16, float16, or auto for the stored dtype of the base.", default="auto")
     ] = "auto",
@@ -48,7 +48,7 @@ def _print(console: Console, report: MergeReport) -> None:
     if report.dequantised:
         console.print(
             "The base is quantised: its weights were dequantised and merged into "
-            f"{str(report.dtype).removeprefix('torch.')}. --requantize keeps the format.",
+            f"{dtype_name(report.dtype)}. --requantize keeps the format.",
             highlight=False,
         )
     if report.requantisation:
@@ -59,7 +59,7 @@ def _print(console: Console, report: MergeReport) -> None:
     if report.sampled:
         console.print(
             f"Largest deviation from base + update over {len(report.sampled)} layers read back: {report.deviation:.2e} "
-            f"(rounding to {str(report.dtype).removeprefix('torch.')} included)",
+            f"(rounding to {dtype_name(report.dtype)} included)",
             highlight=False,
         )
     if not report.tokenizer:

@@ -17,7 +17,7 @@ from gralora.files.names import GRALORA_FACTORS, LORA_FACTORS, group_keys, key_o
 from gralora.files.tensors import Tensors
 from gralora.tuner.blocks import Factors
 from gralora.tuner.config import GraloraConfig, divisors
-from gralora.tuner.initialise import identity_
+from gralora.tuner.initialise import zero_update_
 
 # Fields of LoRA's config that change the update; all must be off.
 _MUST_BE_OFF = (
@@ -218,5 +218,5 @@ def _beside(lora_a: Float[Tensor, "rank in"], lora_b: Float[Tensor, "out rank"],
     """Keep the LoRA as the hybrid part, with new blocks whose update is zero."""
     A = lora_a.new_empty(k, lora_a.shape[1] // k, r)
     B = lora_b.new_empty(k, r, lora_b.shape[0] // k)
-    identity_(Factors(A, B))
+    zero_update_(Factors(A, B))
     return Factors(A, B, lora_a, lora_b)

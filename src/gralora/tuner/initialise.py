@@ -8,7 +8,7 @@ import torch
 from gralora.tuner.blocks import Factors
 
 
-def identity_(factors: Factors) -> None:
+def zero_update_(factors: Factors) -> None:
     """Fill `factors` in place so that the update is exactly zero: A random, B zero.
 
     A is Kaiming-uniform with a = sqrt 5 by block, that is, uniform within 1/sqrt(n), since a block's
@@ -20,14 +20,14 @@ def identity_(factors: Factors) -> None:
 
 
 def random_(factors: Factors) -> None:
-    """Fill `factors` in place so that the update is not zero, for tests: A as in `identity_`, B within 1/sqrt(rank)."""
+    """Fill `factors` in place so that the update is not zero, for tests: A as in `zero_update_`, B within 1/sqrt(rank)."""
     for A, B in _pairs(factors):
         _uniform_(A)
         _uniform_(B)
 
 
 # By the value of `init_weights`. Each fills detached tensors in place; on the meta device nothing happens.
-STARTS: dict[bool, Callable[[Factors], None]] = {True: identity_, False: random_}
+STARTS: dict[bool, Callable[[Factors], None]] = {True: zero_update_, False: random_}
 
 
 def _pairs(factors: Factors) -> list[tuple[torch.Tensor, torch.Tensor]]:
