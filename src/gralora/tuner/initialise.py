@@ -20,7 +20,7 @@ def zero_update_(factors: Factors) -> None:
 
 
 def random_(factors: Factors) -> None:
-    """Fill `factors` in place so that the update is not zero, for tests: A as in `zero_update_`, B within 1/sqrt(rank)."""
+    """Fill `factors` in place with a random update, for tests: A as in `zero_update_`, B within 1/sqrt(rank)."""
     for A, B in _pairs(factors):
         _uniform_(A)
         _uniform_(B)
