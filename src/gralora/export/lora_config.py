@@ -4,6 +4,7 @@ from collections import Counter
 from typing import Any
 
 from gralora.files.checkpoint import Adapter
+from gralora.files.names import GRALORA_BIAS, LORA_BIAS
 
 
 def common_alpha(adapter: Adapter, rank: int) -> int:
@@ -32,7 +33,7 @@ def lora_config(adapter: Adapter, rank: int, lora_alpha: int) -> dict[str, Any]:
         "lora_dropout": 0.0,
         "target_modules": target_modules(adapter),
         "fan_in_fan_out": config.fan_in_fan_out,
-        "bias": {"gralora_only": "lora_only"}.get(config.bias, config.bias) if adapter.extras else "none",
+        "bias": {GRALORA_BIAS: LORA_BIAS}.get(config.bias, config.bias) if adapter.extras else "none",
         "modules_to_save": sorted(config.modules_to_save) if config.modules_to_save else None,
         "use_rslora": False,
         "use_dora": False,

@@ -18,6 +18,9 @@ PREFIX = "base_model.model."
 GRALORA_FACTORS = ("gralora_A", "gralora_B", "gralora_A_general.weight", "gralora_B_general.weight")
 LORA_FACTORS = ("lora_A.weight", "lora_B.weight")
 
+# Values of `bias` that train the biases of adapted layers alone, in a LoRA's config and in GraLoRA's.
+LORA_BIAS, GRALORA_BIAS = "lora_only", "gralora_only"
+
 # Components of a diffusers pipeline, whose names replace PREFIX in a file for diffusers.
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 _UNET_MODULES = ("down_blocks.", "up_blocks.", "mid_block.")

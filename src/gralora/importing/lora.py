@@ -13,7 +13,7 @@ from gralora.files.adapter_config import config_from, read_config, require_peft_
 from gralora.files.adapter_folder import AdapterFolder
 from gralora.files.atomic import check_output
 from gralora.files.checkpoint import folders_read, open_tensors, read_model
-from gralora.files.names import GRALORA_FACTORS, LORA_FACTORS, group_keys, key_of
+from gralora.files.names import GRALORA_BIAS, GRALORA_FACTORS, LORA_BIAS, LORA_FACTORS, group_keys, key_of
 from gralora.files.tensors import Tensors
 from gralora.tuner.blocks import Factors
 from gralora.tuner.config import GraloraConfig, divisors
@@ -170,7 +170,8 @@ def _hybrid_settings(config: dict[str, Any], k: int, r: int | None) -> dict[str,
 
 def _gralora_config(config: dict[str, Any], settings: dict[str, Any], where: str) -> GraloraConfig:
     kept = {name: config[name] for name in _KEPT if config.get(name) is not None}
-    bias = {"lora_only": "gralora_only"}.get(config.get("bias", "none"), config.get("bias", "none"))
+    bias = config.get("bias", "none")
+    bias = GRALORA_BIAS if bias == LORA_BIAS else bias
     return config_from(
         kept | settings | {"bias": bias, "gralora_dropout": config.get("lora_dropout", 0.0), "inference_mode": True},
         where,

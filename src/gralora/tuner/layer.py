@@ -23,9 +23,9 @@ class GraloraLayer(MergeableLayer):
 
     It holds its base and is no `nn.Linear` itself: tools that swap linears by type find the base.
 
-    What differs between kinds of layers is in the hooks that a subclass overrides: `noun`, `covers`, `refusal`,
-    `features`, `weight_ref` and `update`; `compute_dtype` and `inputs`, where x is not what is computed with; `add` and
-    `fused`, where the kind has a faster way.
+    What differs between kinds of layers is in the hooks that a subclass overrides: `noun`, `can_be_sliced`, `covers`,
+    `refusal`, `features`, `weight_ref` and `update`; `compute_dtype` and `inputs`, where `update` does not take x
+    itself; `add` and `fused`, where the kind has a faster way.
 
     Attributes:
         gralora_A: Adapter name to parameter `[k, n, r]`.
@@ -39,6 +39,7 @@ class GraloraLayer(MergeableLayer):
     adapter_layer_names = ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general")
     other_param_names = ("r", "hybrid_r", "alpha", "gralora_k", "scaling", "initial_scaling", "gralora_dropout")
     noun: ClassVar[str]  # what an error calls the base layers of this kind, in the plural
+    can_be_sliced: ClassVar[bool] = False  # whether tensor parallelism may slice the features of the base
     # All living layers, copies and unpickled ones included. Kept when this module is reloaded.
     alive: ClassVar[WeakSet["GraloraLayer"]] = globals().setdefault("_alive", WeakSet())
 

@@ -20,6 +20,7 @@ class Linear(GraloraLayer):
     """
 
     noun = "linear layers (quantised or not)"
+    can_be_sliced = True
 
     @classmethod
     def covers(cls, base: nn.Module, backend: QuantizationBackend | None) -> bool:
@@ -60,6 +61,7 @@ class Conv1D(Linear):
     """GraLoRA on transformers' `Conv1D`, a linear layer that stores its weight as `[in, out]`."""
 
     noun = "transformers' Conv1D"
+    can_be_sliced = False
 
     @classmethod
     def covers(cls, base: nn.Module, backend: QuantizationBackend | None) -> bool:

@@ -146,9 +146,9 @@ class Target:
 
     def placement_refusal(self, model: nn.Module) -> str | None:
         """Return why an adapter cannot follow a tensor-parallel slice, or None."""
-        if isinstance(self.module, GraloraLayer):
+        if isinstance(self.module, GraloraLayer) or self.kind is None:
             return None
-        return tensor_parallel.placement_refusal(model, self.name, self.module, self.backend is not None)
+        return tensor_parallel.placement_refusal(model, self.name, self.module, self.kind, self.backend is not None)
 
     def disk_refusal(self, model: nn.Module) -> str | None:
         """Return why an adapter cannot be loaded here, since the weight is on disk, or None."""

@@ -66,13 +66,16 @@ def placement_of(model: nn.Module, name: str, module: nn.Module) -> tuple[Layout
     return (_LAYOUTS[plan] if isinstance(getattr(module, "weight", None), DTensor) else Layout.WHOLE), mesh
 
 
-def placement_refusal(model: nn.Module, name: str, module: nn.Module, quantised: bool) -> str | None:
+def placement_refusal(
+    model: nn.Module, name: str, module: nn.Module, kind: type[GraloraLayer], quantised: bool
+) -> str | None:
     """Return why no adapter can follow the way in which tensor parallelism slices a module, or None.
 
     Args:
         model: Model that the adapter is put on.
         name: Name of the module in it.
         module: The module.
+        kind: The kind of layer that it gets.
         quantised: Whether its weight is quantised.
     """
     weight = getattr(module, "weight", None)
@@ -98,8 +101,8 @@ def placement_refusal(model: nn.Module, name: str, module: nn.Module, quantised:
             f"a layer of the tensor-parallel plan {plan!r} must have an unquantised weight that is a DTensor, as "
             f"transformers 5.17 and later make it; got {type(weight).__name__}. {way_out}"
         )
-    if not isinstance(module, nn.Linear):
-        return f"a layer that is sliced must be an nn.Linear; got {type(module).__name__}. {way_out}"
+    if not kind.can_be_sliced:
+        return f"{kind.noun} must not be sliced by tensor parallelism; its plan is {plan!r}. {way_out}"
     return None
 
 
