@@ -104,7 +104,7 @@ def test_the_oldest_python_is_that_of_the_package():
     [
         (r"Up to (\d+) tokens", FEW_TOKENS),
         (r"vLLM [\d.]+ and later \| up to (\d+)", VLLM_RANKS[-1]),
-        (r"Above (\d+) there are two ways", VLLM_RANKS[-1]),
+        (r"For ranks above (\d+), either", VLLM_RANKS[-1]),
     ],
 )
 def test_numbers_that_repeat_the_code_are_those_of_the_code(sentence, number):
