@@ -30,9 +30,9 @@ def test_a_damaged_weight_file_is_said(tmp_path):
 
 
 def test_a_reason_that_ends_with_a_colon_goes_on():
-    assert pretrained._first_sentence("Cannot load:\n\n  no file.\nAdvice.") == "Cannot load: no file."
-    assert pretrained._first_sentence("Cannot load:") == "Cannot load:"
-    assert pretrained._first_sentence("") == ""
+    assert pretrained.first_sentence("Cannot load:\n\n  no file.\nAdvice.") == "Cannot load: no file."
+    assert pretrained.first_sentence("Cannot load:") == "Cannot load:"
+    assert pretrained.first_sentence("") == ""
 
 
 def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):

@@ -160,11 +160,11 @@ class _explained:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, OSError | ValueError | KeyError | SafetensorError):
-            reason = _first_sentence(str(error)) or type(error).__name__
+            reason = first_sentence(str(error)) or type(error).__name__
             raise ValueError(f"`model` must be one that transformers loads; {self.name!r} fails: {reason}") from error
 
 
-def _first_sentence(text: str) -> str:
+def first_sentence(text: str) -> str:
     """Return the first line of `text`, and the following ones while a line ends with a colon."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     end = next((i for i, line in enumerate(lines) if not line.endswith(":")), len(lines) - 1)

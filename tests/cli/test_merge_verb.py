@@ -44,6 +44,13 @@ def test_mistakes_are_named_and_write_nothing(folders, merge, arguments, message
     assert not (folders / "out").exists()
 
 
+def test_a_base_that_is_not_there_is_named(folders, capsys):
+    status, _, err = run(capsys, "merge", "no-such-base", folders / "adapter", folders / "out")
+    assert status == 2
+    assert "BASE must be a whole model; 'no-such-base' cannot be read" in err
+    assert len(err.strip().splitlines()) == 1
+
+
 def test_an_output_that_exists_is_kept_unless_it_may_be_overwritten(folders, merge, capsys):
     (folders / "out").mkdir()
     (folders / "out/config.json").write_text("{}")

@@ -134,8 +134,17 @@ def _damage_refused(base: str) -> Iterator[None]:
     """Raise what transformers raises on a damaged base model as a ValueError that names it."""
     try:
         yield
-    except (SafetensorError, StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
-        raise ValueError(f"`base` must be a whole model; {base!r} cannot be read: {error}") from error
+    except (
+        SafetensorError,
+        StrictDataclassError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        OSError,
+        TypeError,
+    ) as error:
+        reason = pretrained.first_sentence(str(error)) or type(error).__name__
+        raise ValueError(f"`base` must be a whole model; {base!r} cannot be read: {reason}") from error
 
 
 @contextmanager
