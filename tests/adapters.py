@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from gralora import GraloraConfig, GraloraLayer, get_peft_model
+from gralora import GraloraConfig, get_peft_model
 from gralora.cli import main
 
 TOKENS = torch.arange(3, 23)[None]
@@ -54,16 +54,13 @@ def lora(make=tiny_llama, **settings):
     return randomise(get_any_peft_model(make(), LoraConfig(**settings))).eval()
 
 
-def gralora_layers(model):
-    return [module for module in model.modules() if isinstance(module, GraloraLayer)]
-
-
 @torch.no_grad()
 def logits(model):
     return model(TOKENS).logits
 
 
 def assert_same_outputs(model, expected):
+    # Equal maps in float32, whose products are summed in another order.
     torch.testing.assert_close(logits(model), logits(expected), atol=1e-6, rtol=1e-6)
 
 

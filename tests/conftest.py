@@ -182,3 +182,18 @@ def assert_same_bits(before, after):
 def get_native_peft_model(model, **settings):
     with native_peft() as config:
         return peft.get_peft_model(model, config(**settings))
+
+
+@pytest.fixture
+def base_folder(tmp_path):
+    """A tiny Llama on disk."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def adapter_folder(tmp_path):
+    """An adapter of it on disk, with a hybrid part and a scale of 2."""
+    from adapters import save_adapter
+
+    return save_adapter(tmp_path / "adapter", hybrid_r=2, alpha=20, target_modules=["q_proj", "down_proj"])

@@ -1,29 +1,17 @@
 import json
 
 import pytest
-from adapters import run, save_adapter
-from conftest import tiny_llama
+from adapters import run
 
 
-@pytest.fixture
-def base(tmp_path):
-    tiny_llama().save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return save_adapter(tmp_path / "adapter", hybrid_r=2, alpha=20, target_modules=["q_proj", "down_proj"])
-
-
-def test_the_command_prints_a_table_json_and_a_picture(folder, base, tmp_path, capsys, monkeypatch):
+def test_the_command_prints_a_table_json_and_a_picture(adapter_folder, base_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
-    code, out, _ = run(capsys, "inspect", folder, "--base", base, "--plot", tmp_path / "p.png")
+    code, out, _ = run(capsys, "inspect", adapter_folder, "--base", base_folder, "--plot", tmp_path / "p.png")
     assert code == 0
     for text in ("model.layers.1.mlp.down_proj", "8+2", "4 modules, 2,880 parameters", "served on: PEFT", "wrote"):
         assert text in out
     assert (tmp_path / "p.png").is_file()
-    code, out, _ = run(capsys, "inspect", folder, "--json")
+    code, out, _ = run(capsys, "inspect", adapter_folder, "--json")
     written = json.loads(out)
     assert code == 0
     assert written["layers"][0]["target"] == "model.layers.0.mlp.down_proj"
@@ -31,14 +19,18 @@ def test_the_command_prints_a_table_json_and_a_picture(folder, base, tmp_path, c
     assert "vLLM" in written["served_on"]
 
 
-def test_a_damaged_adapter_ends_with_one_line_and_status_2(folder, capsys):
-    (folder / "adapter_model.safetensors").write_bytes(b"not an adapter")
-    code, out, err = run(capsys, "inspect", folder)
+def test_a_damaged_adapter_ends_with_one_line_and_status_2(adapter_folder, capsys):
+    (adapter_folder / "adapter_model.safetensors").write_bytes(b"not an adapter")
+    code, out, err = run(capsys, "inspect", adapter_folder)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
     assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("arguments", [["--layer", "model.layers.0.mlp.down_proj"], ["--overwrite"]])
-def test_options_of_the_picture_without_one_are_refused(arguments, folder, capsys):
-    assert run(capsys, "inspect", folder, *arguments) == (2, "", f"error: {arguments[0]} must come with --plot.\n")
+def test_options_of_the_picture_without_one_are_refused(arguments, adapter_folder, capsys):
+    assert run(capsys, "inspect", adapter_folder, *arguments) == (
+        2,
+        "",
+        f"error: {arguments[0]} must come with --plot.\n",
+    )

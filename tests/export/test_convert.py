@@ -1,13 +1,14 @@
 import oracle
 import pytest
 import torch
-from adapters import LLAMA, adapted, assert_same_outputs, edit_tensors, gralora_layers, save_adapter
+from adapters import LLAMA, adapted, assert_same_outputs, edit_tensors, save_adapter
 from conftest import tiny_gpt2, tiny_llama
 from peft import PeftModel
 from safetensors.torch import load_file
 
 from gralora import to_lora
 from gralora.files.checkpoint import open_adapter
+from gralora.tuner.layer import gralora_layers
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_value_is_a_stored_one_where_the_scale_comes_out_whole(dtype, tmp_path):
     model = adapted(r=8, gralora_k=4, alpha=12)
-    for layer in gralora_layers(model):
+    for layer in gralora_layers(model).values():
         layer.gralora_A.to(dtype), layer.gralora_B.to(dtype)
     model.save_pretrained(tmp_path / "adapter")
     stored = load_file(tmp_path / "adapter/adapter_model.safetensors")
@@ -44,12 +45,13 @@ def test_factors_multiply_to_the_oracle(folder):
         f = adapter.factors(name)
         a, b = (export.tensors[f"base_model.model.{name}.lora_{x}.weight"].double() for x in "AB")
         expected = oracle.dense(f.A, f.B, f.A_general, f.B_general, layer.scale)
+        # The factors are copies; what differs is the rounding of two float64 products.
         torch.testing.assert_close(b @ a * export.config["lora_alpha"] / export.rank, expected, atol=1e-12, rtol=1e-12)
 
 
 def test_a_scale_that_lora_alpha_cannot_state_is_folded_in_float32(tmp_path):
     model = adapted(use_rslora=True, alpha=5)
-    for layer in gralora_layers(model):
+    for layer in gralora_layers(model).values():
         layer.gralora_A.to(torch.bfloat16), layer.gralora_B.to(torch.bfloat16)
     export = to_lora(model, tmp_path / "lora")
     assert export.config["lora_alpha"] == export.rank == 16
@@ -65,7 +67,7 @@ def test_layers_come_in_the_order_of_depth():
 
 def test_a_value_that_float16_cannot_hold_is_refused(tmp_path):
     model = adapted()
-    layer = gralora_layers(model)[0]
+    layer = next(iter(gralora_layers(model).values()))
     with torch.no_grad():
         layer.gralora_A["default"][0, 0, 0] = 1e6
     with pytest.raises(

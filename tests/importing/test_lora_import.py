@@ -9,7 +9,6 @@ from adapters import (
     TENSORS,
     TOKENS,
     assert_same_outputs,
-    gralora_layers,
     lora,
     read_config,
     save_adapter,
@@ -19,6 +18,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from gralora import from_lora, to_lora
+from gralora.tuner.layer import gralora_layers
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_a_lora_becomes_the_hybrid_part(tmp_path):
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "gralora", is_trainable=True).eval()
     assert_same_outputs(loaded, model)
     loaded(TOKENS, labels=TOKENS).loss.backward()
-    layer = gralora_layers(loaded)[0]
+    layer = next(iter(gralora_layers(loaded).values()))
     assert layer.gralora_A["default"].any()
     assert not layer.gralora_B["default"].any()
     assert layer.gralora_B["default"].grad.any()

@@ -3,7 +3,6 @@ import math
 import oracle
 import pytest
 import torch
-from adapters import save_adapter
 from conftest import random_factors, tiny_llama
 from safetensors.torch import load_file
 
@@ -15,20 +14,9 @@ from gralora.report.inspect import block_norms
 TARGETS = ["q_proj", "down_proj"]
 
 
-@pytest.fixture
-def base(tmp_path):
-    tiny_llama().save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return save_adapter(tmp_path / "adapter", hybrid_r=2, alpha=20, target_modules=TARGETS)
-
-
-def test_the_numbers_are_those_of_the_dense_update(folder, base):
-    report = inspect(folder, base)
-    adapter, weights = open_adapter(folder), load_file(base / "model.safetensors")
+def test_the_numbers_are_those_of_the_dense_update(adapter_folder, base_folder):
+    report = inspect(adapter_folder, base_folder)
+    adapter, weights = open_adapter(adapter_folder), load_file(base_folder / "model.safetensors")
     assert [entry.target for entry in report.layers] == list(adapter.layers)
     for entry in report.layers:
         dense = oracle.dense(*adapter.factors(entry.target), 2.0)
@@ -41,17 +29,17 @@ def test_the_numbers_are_those_of_the_dense_update(folder, base):
         assert entry.needed_rank == torch.linalg.matrix_rank(dense) == 18
         assert entry.effective_rank == pytest.approx(math.exp(-float((shares * shares.log()).sum())))
     assert report.norm == pytest.approx(math.sqrt(sum(entry.norm**2 for entry in report.layers)))
-    stored = load_file(folder / "adapter_model.safetensors")
+    stored = load_file(adapter_folder / "adapter_model.safetensors")
     assert report.parameters == sum(tensor.numel() for tensor in stored.values())
     assert report.bytes == sum(
-        (folder / name).stat().st_size for name in ("adapter_config.json", "adapter_model.safetensors")
+        (adapter_folder / name).stat().st_size for name in ("adapter_config.json", "adapter_model.safetensors")
     )
     assert (report.base_model, report.lora_rank, report.vllm_max_lora_rank) == ("someone/base", 18, 32)
     assert "vLLM (--max-lora-rank 32)" in report.served_on
 
 
-def test_without_a_base_there_is_no_relative_norm(folder):
-    assert all(entry.relative_norm is None for entry in inspect(folder).layers)
+def test_without_a_base_there_is_no_relative_norm(adapter_folder):
+    assert all(entry.relative_norm is None for entry in inspect(adapter_folder).layers)
 
 
 def test_block_norms_are_those_of_the_blocks():

@@ -1,25 +1,12 @@
 import pytest
-from adapters import save_adapter
-from conftest import tiny_llama
 
 from gralora.report import inspect
 from gralora.report.plot import plot
 
 
-@pytest.fixture
-def base(tmp_path):
-    tiny_llama().save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return save_adapter(tmp_path / "adapter", hybrid_r=2, alpha=20, target_modules=["q_proj", "down_proj"])
-
-
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
-def test_pictures(folder, base, tmp_path, suffix):
-    report = inspect(folder, base)
+def test_pictures(adapter_folder, base_folder, tmp_path, suffix):
+    report = inspect(adapter_folder, base_folder)
     plot(report, tmp_path / f"out{suffix}", layer="model.layers.1.mlp.down_proj")
     head = (tmp_path / f"out{suffix}").read_bytes()[:400]
     assert head.startswith(b"\x89PNG") if suffix == ".png" else b"<svg" in head

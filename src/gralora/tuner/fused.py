@@ -24,7 +24,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from gralora.tuner.blocks import Factors, exchange, wider
-from gralora.tuner.numerics import compute_dtype, update_dtype, without_autocast
+from gralora.tuner.dtypes import compute_dtype, update_dtype, without_autocast
 
 # Up to here the factors are the large tensors and the activations the small ones: a decoding step, say.
 FEW_TOKENS = 32

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from gralora.tuner import blocks
 from gralora.tuner.config import LayerSettings
+from gralora.tuner.dtypes import compute_dtype, update_dtype, without_autocast
 from gralora.tuner.factor import Factor, FactorDict
 from gralora.tuner.initialise import STARTS
 from gralora.tuner.mergeable import MergeableLayer
 from gralora.tuner.merging.dense_update import Part, delta, delta_dtype
-from gralora.tuner.numerics import compute_dtype, pinned_numerics, update_dtype, without_autocast
+from gralora.tuner.numerics import pinned_numerics
 
 
 class GraloraLayer(MergeableLayer):

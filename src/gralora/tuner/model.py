@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 import torch
 from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from gralora.checks import is_number
@@ -30,6 +29,7 @@ class GraloraModel(BaseTuner):
     prefix = "gralora_"
     tuner_layer_cls = GraloraLayer
     _places: Places | None = None  # while layers are put in or taken out
+    _targets: dict[int, targets.Target]  # by the id of the module, while layers are put in
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(
@@ -68,6 +68,7 @@ class GraloraModel(BaseTuner):
                 for target in found:
                     targets.check_target(target, config, model, model_type)
                 targets.check_trained_whole(model, config)
+                self._targets = {id(target.module): target for target in found}
                 new = [target for target in found if not isinstance(target.module, GraloraLayer)]
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             self._mark_shared_weights()
@@ -79,7 +80,7 @@ class GraloraModel(BaseTuner):
         try:
             yield self._places
         finally:
-            self._places = None
+            self._places, self._targets = None, {}
 
     def merge_adapter(
         self,
@@ -239,7 +240,7 @@ class GraloraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        found = targets.target_for(target, self._places or Places(self.model), get_quantization_kwargs(self.model))
+        found = self._targets[id(target)]
         layer = target
         if not isinstance(layer, GraloraLayer):
             if placement := tensor_parallel.placement_of(self.model, current_key, target):

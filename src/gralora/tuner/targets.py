@@ -233,13 +233,13 @@ def find_targets(
         named = {key.rsplit(".gralora_", 1)[0].removeprefix("_orig_mod.") for key in state_dict}
         chosen = [name for name in modules if name.removeprefix("_orig_mod.") in named]
     inside, quantisation = _inside_tuner_layers(model), get_quantization_kwargs(model)
-    return [target_for(modules[name], places, quantisation) for name in chosen if name and not name.startswith(inside)]
-
-
-def target_for(module: nn.Module, places: Places, quantisation: dict[str, Any]) -> Target:
-    """Return `module` as a target; `quantisation` is what PEFT's `get_quantization_kwargs` found in the model."""
-    backend = None if isinstance(module, GraloraLayer) else backend_of(module, **quantisation)
-    return Target(module, places.of(module), backend)
+    found = []
+    for name in chosen:
+        if name and not name.startswith(inside):
+            module = modules[name]
+            backend = None if isinstance(module, GraloraLayer) else backend_of(module, **quantisation)
+            found.append(Target(module, places.of(module), backend))
+    return found
 
 
 def leave_out_misfits(targets: list[Target], config: GraloraConfig, model_type: str | None) -> list[Target]:
