@@ -416,6 +416,7 @@ class LayerContract:
         assert layer.state_dict().keys() == base | factors
         assert {n for n, p in layer.named_parameters() if p.requires_grad} == {n for n in factors if "default" in n}
 
+    @pytest.mark.filterwarnings("ignore:This adapter uses `layer_kinds`")
     @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
     def test_saving_and_loading_is_bit_for_bit(self, low_cpu_mem_usage, tmp_path):
         base = self.make_base(torch.float32)

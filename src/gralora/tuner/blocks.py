@@ -10,8 +10,11 @@ read as `[n, (i s)]` and `B[i]` of shape `[r, m]` read as `[(j s), m]`, output b
 (Jung et al., NeurIPS 2025, arXiv 2505.20355, section 3). The hybrid part is a plain LoRA of rank
 `hybrid_r` beside it: `scale * B_general · A_general · x`.
 
-`apply` and `add` are the map itself, `dense` is its matrix, `lora_factors` the same matrix as a product
-of two. Nothing here knows about modules or PEFT.
+`apply` and `add` are the map itself, `dense` and `update_matrix` its matrix, `lora_factors` the same matrix as a
+product of two. Nothing here knows about modules or PEFT.
+
+The experts of a mixture each have a map of their own: their factors lie in one stack, `[experts, k, n, r]` and so on.
+`update_matrix` takes a stack; for the others, take one expert out of it.
 """
 
 from typing import NamedTuple
@@ -22,32 +25,43 @@ from torch import Tensor
 
 
 class Factors(NamedTuple):
-    """The tensors of one adapter on one layer, on one device."""
+    """The tensors of one adapter on one layer, on one device; all with a first dimension of experts, or none."""
 
-    A: Inexact[Tensor, "k n r"]
-    B: Inexact[Tensor, "k r m"]
-    A_general: Inexact[Tensor, "hybrid_r in"] | None = None
-    B_general: Inexact[Tensor, "out hybrid_r"] | None = None
+    A: Inexact[Tensor, "*experts k n r"]
+    B: Inexact[Tensor, "*experts k r m"]
+    A_general: Inexact[Tensor, "*experts hybrid_r in"] | None = None
+    B_general: Inexact[Tensor, "*experts out hybrid_r"] | None = None
 
     @property
     def k(self) -> int:
         """Blocks per side of the weight."""
-        return self.A.shape[0]
+        return self.A.shape[-3]
 
     @property
     def s(self) -> int:
         """Rank of one pair of blocks, `r / k`."""
-        return self.A.shape[2] // self.A.shape[0]
+        return self.A.shape[-1] // self.A.shape[-3]
 
     @property
     def in_features(self) -> int:
         """Width of the input, `k * n`."""
-        return self.A.shape[0] * self.A.shape[1]
+        return self.A.shape[-3] * self.A.shape[-2]
 
     @property
     def out_features(self) -> int:
         """Width of the output, `k * m`."""
-        return self.B.shape[0] * self.B.shape[2]
+        return self.B.shape[-3] * self.B.shape[-1]
+
+    @property
+    def transposed(self) -> "Factors":
+        """The factors of the transposed ΔW, views of the same tensors."""
+        A, B, A_general, B_general = self
+        general = None if A_general is None or B_general is None else (B_general.mT, A_general.mT)
+        return Factors(B.mT, A.mT, *(general or ()))
+
+    def expert(self, index: int) -> "Factors":
+        """Return the factors of one expert, views into the stack."""
+        return Factors(*(factor if factor is None else factor[index] for factor in self))
 
     def to(self, dtype: torch.dtype, device: torch.device | None = None) -> "Factors":
         """Return the same factors in `dtype`, and on `device` where one is given."""
@@ -73,16 +87,26 @@ class Factors(NamedTuple):
 
 
 def factor_shapes(
-    k: int, r: int, hybrid_r: int, in_features: int, out_features: int
+    k: int, r: int, hybrid_r: int, in_features: int, out_features: int, experts: tuple[int, ...] = ()
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...] | None, tuple[int, ...] | None]:
     """Return the shapes of `Factors`, in its order; None for the hybrid part where `hybrid_r` is 0.
+
+    Where k does not divide `in_features`, the last input block reaches beyond them.
 
     Example:
         >>> factor_shapes(k=2, r=4, hybrid_r=0, in_features=6, out_features=10)
         ((2, 3, 4), (2, 4, 5), None, None)
+        >>> factor_shapes(k=2, r=4, hybrid_r=1, in_features=5, out_features=10, experts=(8,))
+        ((8, 2, 3, 4), (8, 2, 4, 5), (8, 1, 6), (8, 10, 1))
     """
-    A, B = (k, in_features // k, r), (k, r, out_features // k)
-    return (A, B, (hybrid_r, in_features), (out_features, hybrid_r)) if hybrid_r else (A, B, None, None)
+    n = -(-in_features // k)
+    A, B = (*experts, k, n, r), (*experts, k, r, out_features // k)
+    return (
+        A,
+        B,
+        (*experts, hybrid_r, k * n) if hybrid_r else None,
+        (*experts, out_features, hybrid_r) if hybrid_r else None,
+    )
 
 
 def wider(first: torch.dtype, second: torch.dtype) -> torch.dtype:
@@ -173,6 +197,18 @@ def dense(
     if A_general is not None and B_general is not None:
         delta.addmm_(B_general[start:stop], A_general)
     return delta.mul_(scale)
+
+
+def update_matrix(factors: Factors) -> Inexact[Tensor, "*experts out in"]:
+    """Return ΔW of scale 1 as a tensor with gradients, of one weight or of a stack; `dense` is faster without."""
+    A, B, A_general, B_general = factors
+    k, s = factors.k, factors.s
+    # Letters: e experts, j input block, i output block; m by n is the size of a block.
+    by_block = torch.einsum("...jnis,...ijsm->...imjn", A.unflatten(-1, (k, s)), B.unflatten(-2, (k, s)))
+    update = by_block.flatten(-2).flatten(-3, -2)
+    if A_general is not None and B_general is not None:
+        update = update + B_general @ A_general
+    return update
 
 
 def lora_factors(

@@ -23,6 +23,8 @@ EXTRA_FIELDS = (
     "k_pattern",
     "use_rslora",
     "trainable_token_indices",
+    "target_parameters",
+    "layer_kinds",
 )
 ALL_LINEAR = "all-linear"
 
@@ -45,17 +47,26 @@ class LayerSettings:
         rank = self.r + self.hybrid_r
         return self.alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
-    def width_refusal(self, in_features: int, out_features: int) -> str | None:
-        """Return why these blocks do not fit a weight of these widths, or None where they do."""
+    def width_refusal(self, in_features: int, out_features: int, pads_inputs: bool = False) -> str | None:
+        """Return why these blocks do not fit a weight of these widths, or None where they do.
+
+        Args:
+            in_features: Width of the input.
+            out_features: Width of the output.
+            pads_inputs: Whether the last input block may reach beyond the input's features.
+        """
         if not in_features or not out_features:
             return "it must be initialised; run one forward pass first."
-        k, r = self.gralora_k, self.r
-        for name, value in (("r", r), ("in_features", in_features), ("out_features", out_features)):
+        k = self.gralora_k
+        sizes = {"r": self.r, "in_features": in_features, "out_features": out_features}
+        if pads_inputs:
+            del sizes["in_features"]
+        for name, value in sizes.items():
             if value % k:
-                fitting = [d for d in range(1, r + 1) if not (r % d or in_features % d or out_features % d)]
+                fitting = [d for d in range(1, self.r + 1) if not any(size % d for size in sizes.values())]
                 return (
                     f"`gralora_k` must divide `{name}`; got gralora_k={k} with {name}={value}. "
-                    f"Values that fit r={r}, in_features={in_features}, out_features={out_features}: "
+                    f"Values that fit {', '.join(f'{n}={size}' for n, size in sizes.items())}: "
                     f"{', '.join(map(str, fitting))}."
                 )
         return None
@@ -91,6 +102,11 @@ class GraloraConfig(PeftConfig):
         rank_pattern: `r` for modules whose name matches the key (a name or a regular expression).
         alpha_pattern: The same for `alpha`.
         k_pattern: The same for `gralora_k`.
+        target_parameters: Names of parameters to adapt (matched at their end), such as `experts.gate_up_proj`:
+            2-D weights, or the 3-D weights of a mixture's experts, whose blocks are those of each expert.
+            `"all-linear"` adds those of experts. All adapters on a module must name the same of its parameters.
+        layer_kinds: Set when the adapter is injected: what the tensors of layers that are not linear do not tell,
+            by the name of the layer, so that the adapter can be read without its base model.
         use_rslora: Scale by `alpha / sqrt(r + hybrid_r)` (Kalajdzievski, arXiv 2312.03732).
         trainable_token_indices: Rows of the embedding to train beside the adapter, as in PEFT's LoRA.
 
@@ -122,6 +138,8 @@ class GraloraConfig(PeftConfig):
     k_pattern: dict[str, int] | None = field(default_factory=dict)
     use_rslora: bool = False
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    target_parameters: list[str] | None = None
+    layer_kinds: dict[str, dict[str, Any]] | None = None
     is_registered: ClassVar[bool] = False  # whether PEFT uses our tuner
 
     def __post_init__(self) -> None:
@@ -236,6 +254,8 @@ class GraloraConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, list | tuple):
                 setattr(self, name, set(value))
+        if isinstance(self.target_parameters, set | tuple):
+            self.target_parameters = sorted(self.target_parameters)
         for name in ("rank_pattern", "alpha_pattern", "k_pattern"):
             if getattr(self, name) is None:
                 setattr(self, name, {})
@@ -272,6 +292,12 @@ class GraloraConfig(PeftConfig):
             raise ValueError(
                 "`target_modules` must be a list of names, a regular expression or 'all-linear'; "
                 f"got target_modules={self.target_modules!r}."
+            )
+        parameters = self.target_parameters
+        if not (parameters is None or (isinstance(parameters, list) and all(isinstance(p, str) for p in parameters))):
+            raise ValueError(
+                "`target_parameters` must be a list of names, such as 'experts.gate_up_proj'; "
+                f"got target_parameters={parameters!r}."
             )
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:

@@ -46,7 +46,7 @@ class Conv(GraloraLayer):
         return None
 
     @classmethod
-    def features(cls, base: Any) -> tuple[int, int]:
+    def features(cls, base: Any, parameter_name: str = "weight") -> tuple[int, int]:
         """Return the widths of the weight as a matrix `[out, in * prod(kernel)]`."""
         return base.in_channels * math.prod(base.kernel_size), base.out_channels
 
@@ -55,6 +55,11 @@ class Conv(GraloraLayer):
         base: Any = self.get_base_layer()
         stored = partial(torch.unflatten, dim=1, sizes=(-1, *base.kernel_size))
         return WeightRef(base, matrix=partial(torch.flatten, start_dim=1), stored=stored)
+
+    def record(self) -> dict[str, Any]:
+        """Return the shape of the base weight, `[out, in, *kernel]`."""
+        base: Any = self.get_base_layer()
+        return {"kind": "conv", "shape": [base.out_channels, base.in_channels // base.groups, *base.kernel_size]}
 
     def update(self, x: Tensor, factors: blocks.Factors) -> Tensor:
         """Return the adapter's output `[batch, out, *spatial]`, without `batch` where `x` has none."""

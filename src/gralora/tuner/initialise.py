@@ -14,32 +14,29 @@ def zero_update_(factors: Factors) -> None:
     A is Kaiming-uniform with a = sqrt 5 by block, that is, uniform within 1/sqrt(n), since a block's
     fan-in is n; `A_general` is within 1/sqrt(in).
     """
-    for A, B in _pairs(factors):
-        _uniform_(A)
-        B.zero_()
+    A, B, A_general, B_general = factors
+    _uniform_(A, fan_in=A.shape[-2])
+    B.zero_()
+    if A_general is not None and B_general is not None:
+        _uniform_(A_general, fan_in=A_general.shape[-1])
+        B_general.zero_()
 
 
 def random_(factors: Factors) -> None:
     """Fill `factors` in place with a random update, for tests: A as in `zero_update_`, B within 1/sqrt(rank)."""
-    for A, B in _pairs(factors):
-        _uniform_(A)
-        _uniform_(B)
+    zero_update_(factors)
+    _, B, _, B_general = factors
+    _uniform_(B, fan_in=B.shape[-2])
+    if B_general is not None:
+        _uniform_(B_general, fan_in=B_general.shape[-1])
 
 
 # By the value of `init_weights`. Each fills detached tensors in place; on the meta device nothing happens.
 STARTS: dict[bool, Callable[[Factors], None]] = {True: zero_update_, False: random_}
 
 
-def _pairs(factors: Factors) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    A, B, A_general, B_general = factors
-    pairs = [(A, B)]
-    if A_general is not None and B_general is not None:
-        pairs.append((A_general, B_general))
-    return pairs
-
-
-def _uniform_(factor: torch.Tensor) -> None:
-    """Draw within 1/sqrt(fan-in); the fan-in of every factor is its second dimension."""
-    bound = 1 / math.sqrt(factor.shape[1])
+def _uniform_(factor: torch.Tensor, fan_in: int) -> None:
+    """Draw within 1/sqrt(fan-in)."""
+    bound = 1 / math.sqrt(fan_in)
     with torch.no_grad():
         factor.uniform_(-bound, bound)

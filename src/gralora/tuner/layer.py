@@ -24,9 +24,10 @@ class GraloraLayer(MergeableLayer):
 
     It holds its base and is no `nn.Linear` itself: tools that swap linears by type find the base.
 
-    What differs between kinds of layers is in the hooks that a subclass overrides: `noun`, `can_be_sliced`, `covers`,
-    `refusal`, `features`, `weight_ref` and `update`; `compute_dtype` and `inputs`, where `update` does not take x
-    itself; `add` and `fused`, where the kind has a faster way.
+    What differs between kinds of layers is in the hooks that a subclass overrides: `noun`, `can_be_sliced`,
+    `pads_inputs`, `covers`, `refusal`, `parameters`, `features`, `weight_ref`, `record` and `update`; `compute_dtype`
+    and `inputs`, where `update` does not take x itself; `fill`, where adapters start otherwise; `add` and `fused`,
+    where the kind has a faster way.
 
     Attributes:
         gralora_A: Adapter name to parameter `[k, n, r]`.
@@ -34,6 +35,8 @@ class GraloraLayer(MergeableLayer):
         gralora_A_general: Adapter name to parameter `[hybrid_r, in]`, held as `.weight`.
         gralora_B_general: Adapter name to parameter `[out, hybrid_r]`, held as `.weight`.
         in_features, out_features: Widths of the base weight as a matrix.
+        experts: `(number of experts,)` where the weight is a stack of matrices, and the factors likewise; else `()`.
+        parameter_name: Name of the base weight in the base layer.
         r, hybrid_r, alpha, gralora_k, scaling: Adapter name to number.
     """
 
@@ -41,6 +44,8 @@ class GraloraLayer(MergeableLayer):
     other_param_names = ("r", "hybrid_r", "alpha", "gralora_k", "scaling", "initial_scaling", "gralora_dropout")
     noun: ClassVar[str]  # what an error calls the base layers of this kind, in the plural
     can_be_sliced: ClassVar[bool] = False  # whether tensor parallelism may slice the features of the base
+    pads_inputs: ClassVar[bool] = False  # whether the last input block may reach beyond the input's features
+    experts: tuple[int, ...] = ()
     # All living layers, copies and unpickled ones included. Kept when this module is reloaded.
     alive: ClassVar[WeakSet["GraloraLayer"]] = globals().setdefault("_alive", WeakSet())
 
@@ -50,9 +55,15 @@ class GraloraLayer(MergeableLayer):
         cls.alive.add(layer)
         return layer
 
-    def __init__(self, base_layer: nn.Module, quantization_backend: QuantizationBackend | None = None) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        quantization_backend: QuantizationBackend | None = None,
+        parameter_name: str = "weight",
+    ) -> None:
         super().__init__(base_layer, quantization_backend)
-        self.in_features, self.out_features = self.features(base_layer)
+        self.parameter_name = parameter_name
+        self.in_features, self.out_features = self.features(self.get_base_layer(), parameter_name)
         self.gralora_A = FactorDict()
         self.gralora_B = FactorDict()
         self.gralora_A_general = nn.ModuleDict()
@@ -78,9 +89,29 @@ class GraloraLayer(MergeableLayer):
         return None
 
     @classmethod
-    def features(cls, base: nn.Module) -> tuple[int, int]:
-        """Return the widths `in, out` of the base weight as a matrix."""
+    def parameters_of(cls, base: nn.Module) -> tuple[str, ...]:
+        """Return the names of the weights in `base` that are adapted, each by a layer of its own around the others."""
+        return ("weight",)
+
+    @classmethod
+    def features(cls, base: nn.Module, parameter_name: str = "weight") -> tuple[int, int]:
+        """Return the widths `in, out` of a weight of `base` as a matrix."""
         raise NotImplementedError
+
+    def record(self) -> dict[str, Any] | None:
+        """Return what an adapter's config keeps of this layer, since its factors do not tell it; None for nothing.
+
+        A record has "kind", and what reading the adapter without its base model needs: see `GraloraConfig.layer_kinds`.
+        """
+        return None
+
+    def fill(self, init_weights: bool, factors: blocks.Factors) -> None:
+        """Give `factors` their starting values, in place."""
+        STARTS[init_weights](factors)
+
+    def nest(self) -> "dict[str, GraloraLayer]":
+        """Return the layers of all adapted weights of the base by their names, the outermost first."""
+        return {self.parameter_name: self}
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """Return the dtype in which the base layer computes on `x`."""
@@ -174,13 +205,13 @@ class GraloraLayer(MergeableLayer):
         Raises:
             ValueError: `gralora_k` does not divide `r` or a width of the layer.
         """
-        if refusal := settings.width_refusal(self.in_features, self.out_features):
+        if refusal := settings.width_refusal(self.in_features, self.out_features, self.pads_inputs):
             raise ValueError(refusal)
         device = torch.device("meta") if on_meta else None
         k, r, hybrid_r = settings.gralora_k, settings.r, settings.hybrid_r
-        shapes = blocks.factor_shapes(k, r, hybrid_r, self.in_features, self.out_features)
+        shapes = blocks.factor_shapes(k, r, hybrid_r, self.in_features, self.out_features, self.experts)
         factors = blocks.Factors(*(shape and torch.empty(*shape, device=device) for shape in shapes))
-        STARTS[settings.init_weights](factors)
+        self.fill(settings.init_weights, factors)
         for container, tensor in zip(self._containers(), factors, strict=True):
             if tensor is not None:
                 container[adapter_name] = Factor(tensor)
@@ -219,9 +250,11 @@ class GraloraLayer(MergeableLayer):
         Computed in float32 whatever the parameters are, in float64 for float64, outside autocast.
         """
         with pinned_numerics():
-            part = self.part(adapter_name)
-            update = delta([part], delta_dtype(part.factors.A.dtype))
-        return self.weight_ref().stored(update)
+            part, ref = self.part(adapter_name), self.weight_ref()
+            dtype = delta_dtype(part.factors.A.dtype)
+            if not self.experts:
+                return ref.stored(delta([part], dtype)[:, : self.in_features])
+            return torch.stack([ref.stored(delta([part.expert(e)], dtype)) for e in range(*self.experts)])
 
     def part(self, adapter_name: str) -> Part:
         """Return the factors and the scale of an adapter, as a merge takes them."""

@@ -28,7 +28,7 @@ class Linear(GraloraLayer):
         return isinstance(base, nn.Linear) if backend is None else backend.layer_type == "linear"
 
     @classmethod
-    def features(cls, base: nn.Module) -> tuple[int, int]:
+    def features(cls, base: nn.Module, parameter_name: str = "weight") -> tuple[int, int]:
         """Return the widths of the input and the output."""
         if isinstance(base, nn.Linear):  # PEFT takes those of the slice under tensor parallelism
             return base.in_features, base.out_features

@@ -16,6 +16,7 @@ from gralora.tuner.merging.dense_update import Part
 from gralora.tuner.merging.quantised import PackedRecord, PackedState, packed_weight
 from gralora.tuner.merging.records import CHANGED, ForgottenRecord, MergeRecord
 from gralora.tuner.merging.sharing import UNSHARED, Sharing, is_alone, sharing_in
+from gralora.tuner.merging.stack import StackRecord, StackState
 from gralora.tuner.merging.weight import WeightRef, WeightState
 
 
@@ -89,7 +90,9 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
 
     def weight_state(self) -> WeightState:
         """Return where the base weight is now."""
-        return WeightState.of(self) if self.quantization_backend is None else cast(Any, PackedState.of(self))
+        if self.quantization_backend is not None:
+            return cast(Any, PackedState.of(self))
+        return cast(Any, StackState).of(self) if self.weight_ref().experts is not None else WeightState.of(self)
 
     def note_sharing(self, sharing: Sharing, model: nn.Module) -> None:
         """Remember what other parts of `model` hold of the base."""
@@ -246,7 +249,7 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
             super()._apply(fn, recurse)
             self._merges = [self._forgotten(reason)]
             return
-        if isinstance(self._merges[0], PackedRecord):
+        if isinstance(self._merges[0], PackedRecord | StackRecord):
             merges: list[Any] = self._merges
             self.undo_merges()
             super()._apply(fn, recurse)
@@ -254,16 +257,16 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
                 self._write_merge(*merge.prepare(self, record.adapter_names, record.parts, sharing=self._sharing))
             return
         # Values that only a record holds are converted here; parameters by the module that holds them, or below.
-        converted = [None if state.values is state.parameter else fn(state.values) for _, state in history]
+        converted = [None if state.values is None else fn(state.values) for _, state in history]
         parameter = self.weight_ref().parameter
         super()._apply(fn, recurse)
         now, merges = self.weight_state(), []
         for (record, state), values in zip(history, converted, strict=True):
             if state.parameter is parameter:
                 state = state._replace(parameter=now.parameter)
-            elif (state.parameter.dtype, state.parameter.device) != (now.values.dtype, now.values.device):
+            elif (state.parameter.dtype, state.parameter.device) != (now.stored.dtype, now.stored.device):
                 state.parameter.data = fn(state.parameter.data)
-            earlier = state._replace(values=state.parameter if values is None else values)
+            earlier = state._replace(values=values)
             merges.insert(0, record.converted(earlier, now))
             now = earlier
         self._merges = merges

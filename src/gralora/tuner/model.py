@@ -2,10 +2,11 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
 
 import torch
+from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from gralora.checks import is_number
 from gralora.tuner import saving, targets, tensor_parallel
 from gralora.tuner.config import GraloraConfig
 from gralora.tuner.layer import GraloraLayer, gralora_layers
-from gralora.tuner.merging.merge import agreed
+from gralora.tuner.merging.dense import agreed
 from gralora.tuner.merging.sharing import sharing_in
 from gralora.tuner.targets import Places
 
@@ -29,7 +30,7 @@ class GraloraModel(BaseTuner):
     prefix = "gralora_"
     tuner_layer_cls = GraloraLayer
     _places: Places | None = None  # while layers are put in or taken out
-    _targets: dict[int, targets.Target]  # by the id of the module, while layers are put in
+    _targets: dict[int, list[targets.Target]]  # by the id of the module, while layers are put in
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(
@@ -56,21 +57,29 @@ class GraloraModel(BaseTuner):
         with _all_or_nothing(model, self.peft_config, adapter_name):
             config = self.peft_config[adapter_name] = GraloraConfig.adopt(self.peft_config[adapter_name])
             asked, all_linear = config.target_modules, config.asks_for_all_linear
+            if config.target_modules is None and config.target_parameters:
+                config.target_modules = set()
             config: Any = self._prepare_adapter_config(config, self.get_model_config(model))
             model_type = self.get_model_config(model).get("model_type")
             with self._knowing_places(model) as places:
                 found = targets.find_targets(model, places, config, state_dict)
                 if all_linear:
                     found = found if state_dict else targets.leave_out_misfits(found, config, model_type)
+                    targets.announce_experts(found)
                     config.target_modules = targets.names_of(found, places, model)
+                    config.target_parameters = targets.parameter_names_of(found, model)
                 elif isinstance(asked, set) and state_dict is None:
                     targets.warn_of_unmatched_names(asked, places)
                 for target in found:
-                    targets.check_target(target, config, model, model_type)
+                    targets.check_target(target, found, config, model, model_type)
                 targets.check_trained_whole(model, config)
-                self._targets = {id(target.module): target for target in found}
-                new = [target for target in found if not isinstance(target.module, GraloraLayer)]
+                self._targets = {}
+                for target in found:
+                    self._targets.setdefault(id(target.module), []).append(target)
+                new = [target for target in found if target.layer is None]
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            layers = {name: layer for name, layer in gralora_layers(model).items() if layer.has_adapter(adapter_name)}
+            config.layer_kinds = {name: record for name, layer in layers.items() if (record := layer.record())} or None
             self._mark_shared_weights()
             targets.announce_unmergeable(new)
 
@@ -240,19 +249,36 @@ class GraloraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        found = self._targets[id(target)]
         layer = target
-        if not isinstance(layer, GraloraLayer):
-            if placement := tensor_parallel.placement_of(self.model, current_key, target):
-                layer = tensor_parallel.parallel(found.kind)(target, found.backend, *placement)
+        for found in self._targets.pop(id(target), ()):
+            if found.layer is not None:
+                found.layer.add_adapter(adapter_name, found.settings(peft_config), on_meta=self._create_on_meta)
+                continue
+            kind: Any = found.kind
+            if placement := tensor_parallel.placement_of(self.model, found.places[0][0], found.base):
+                layer = tensor_parallel.parallel(kind)(layer, found.backend, *placement)
             else:
-                layer = found.kind(target, found.backend)
+                layer = kind(layer, found.backend, found.parameter_name)
             if any(isinstance(parent, nn.TransformerEncoderLayer) for parent in found.parents):
                 # PyTorch's inference fast path reads the weights of its linears; a hook on one turns it off.
                 layer.register_forward_pre_hook(_do_nothing)
-        layer.add_adapter(adapter_name, found.settings(peft_config), on_meta=self._create_on_meta)
+            layer.add_adapter(adapter_name, found.settings(peft_config), on_meta=self._create_on_meta)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
+
+    def _inject_parameters(
+        self, peft_config: GraloraConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        # What PEFT matches by name was found before; what is left of it are the parameters.
+        names = []
+        for found in [first for first, *_ in self._targets.values()]:
+            key, parent = found.places[0]
+            names += [target.name for target in self._targets[id(found.module)]]
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._create_and_replace(
+                    peft_config, adapter_name, found.module, key.rpartition(".")[2], parent, current_key=key
+                )
+        return names
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version copies `weight` over, which a head that is a container of modules does not have, and

@@ -6,7 +6,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
@@ -21,9 +20,11 @@ from torch import Tensor, nn
 from gralora.tuner import tensor_parallel
 from gralora.tuner.config import GraloraConfig, LayerSettings
 from gralora.tuner.exact_targets import exact_targets
-from gralora.tuner.kinds import kind_for, kind_refusal
+from gralora.tuner.experts import expert_stacks
+from gralora.tuner.kinds import kind_for, kind_refusal, parameter_kind
 from gralora.tuner.layer import GraloraLayer
 from gralora.tuner.merging.quantised import backend_of
+from gralora.tuner.parameters import ParameterLayer, shape_of
 
 # Modules whose caller reads their weight instead of calling them, by transformers' `model_type`: an
 # adapter there would train and do nothing.
@@ -78,16 +79,31 @@ class Places:
 
 @dataclass
 class Target:
-    """A module that is to get an adapter, with all its places."""
+    """A weight that is to get an adapter, with all places of the module that holds it.
+
+    Attributes:
+        module: The module, which may be a layer of ours with other adapters.
+        places: Full names and parents.
+        backend: PEFT's access to a quantised module.
+        kind: The kind of layer that it gets; None where no kind covers it.
+        parameter_name: Name of the weight in the module.
+    """
 
     module: nn.Module
     places: list[tuple[str, nn.Module]]
     backend: QuantizationBackend | None
+    kind: type[GraloraLayer] | None
+    parameter_name: str = "weight"
 
     @property
     def name(self) -> str:
-        """The name that PEFT knows."""
-        return self.places[0][0]
+        """The name that PEFT knows; of a parameter, with its own name."""
+        return self._names[0]
+
+    @property
+    def _names(self) -> list[str]:
+        parameter = self.kind is not None and issubclass(self.kind, ParameterLayer)
+        return [f"{name}.{self.parameter_name}" if parameter else name for name, _ in self.places]
 
     @property
     def parents(self) -> list[nn.Module]:
@@ -95,19 +111,24 @@ class Target:
         return [parent for _, parent in self.places]
 
     @property
-    def kind(self) -> Any:
-        """The kind of layer that it gets; None where no kind covers it."""
-        return kind_for(self.module, self.backend)
+    def base(self) -> nn.Module:
+        """The module without layers of ours."""
+        return self.module.get_base_layer() if isinstance(self.module, GraloraLayer) else self.module
+
+    @property
+    def layer(self) -> GraloraLayer | None:
+        """The layer that is on this weight already."""
+        return self.module.nest().get(self.parameter_name) if isinstance(self.module, GraloraLayer) else None
 
     def settings(self, config: GraloraConfig) -> LayerSettings:
-        """Return the settings of the adapter on this module; all its names must agree on them.
+        """Return the settings of the adapter on this weight; all its names must agree on them.
 
         Raises:
             ValueError: They do not.
         """
-        settings = {config.settings_for(name) for name, _ in self.places}
+        settings = {config.settings_for(name) for name in self._names}
         if len(settings) > 1:
-            names = ", ".join(repr(name) for name, _ in self.places)
+            names = ", ".join(map(repr, self._names))
             raise ValueError(
                 "a module has one adapter, and `rank_pattern`, `alpha_pattern` and `k_pattern` give different values "
                 f"to its names {names}. Write keys that match all of them."
@@ -115,18 +136,40 @@ class Target:
         return settings.pop()
 
     def kind_refusal(self) -> str | None:
-        """Return why no kind of layer takes the module, or None."""
-        return None if isinstance(self.module, GraloraLayer) else kind_refusal(self.module, self.backend)
+        """Return why no kind of layer takes the weight, or None."""
+        if self.layer is not None:
+            return None
+        if self.kind is None or not issubclass(self.kind, ParameterLayer):
+            return kind_refusal(self.base, self.backend)
+        return self.kind.refusal(self.base) or self.kind.parameter_refusal(self.base, self.parameter_name)
+
+    def nest_refusal(self, found: "list[Target]") -> str | None:
+        """Return why the adapters of a module do not fit together, or None.
+
+        The layers of a module's parameters lie around each other, and their order is in the names of the tensors.
+        """
+        if not isinstance(self.module, GraloraLayer):
+            return None
+        asked = sorted(target.parameter_name for target in found if target.module is self.module)
+        if asked == sorted(self.module.nest()):
+            return None
+        return (
+            "all adapters on a module must adapt the same of its parameters; the ones on it adapt "
+            f"{sorted(self.module.nest())}, got {asked}."
+        )
+
+    def dropout_refusal(self, config: GraloraConfig) -> str | None:
+        """Return why the input of the weight cannot be dropped out, or None where it need not be."""
+        if not config.gralora_dropout or self.kind is None or not issubclass(self.kind, ParameterLayer):
+            return None
+        return self.kind.dropout_refusal(self.base, self.parameter_name)
 
     def width_refusal(self, config: GraloraConfig) -> str | None:
-        """Return why the blocks do not fit the widths of the module, or None."""
-        if isinstance(self.module, GraloraLayer):
-            widths = self.module.in_features, self.module.out_features
-        else:
-            if self.kind is None:
-                return None
-            widths = self.kind.features(self.module)
-        return self.settings(config).width_refusal(*widths)
+        """Return why the blocks do not fit the widths of the weight, or None."""
+        if self.kind is None:
+            return None
+        widths = self.kind.features(self.base, self.parameter_name)
+        return self.settings(config).width_refusal(*widths, self.kind.pads_inputs)
 
     def attention_refusal(self) -> str | None:
         """Return why an adapter would do nothing inside PyTorch's attention, or None."""
@@ -148,11 +191,12 @@ class Target:
         """Return why an adapter cannot follow a tensor-parallel slice, or None."""
         if isinstance(self.module, GraloraLayer) or self.kind is None:
             return None
-        return tensor_parallel.placement_refusal(model, self.name, self.module, self.kind, self.backend is not None)
+        name = self.places[0][0]
+        return tensor_parallel.placement_refusal(model, name, self.module, self.kind, self.backend is not None)
 
     def disk_refusal(self, model: nn.Module) -> str | None:
         """Return why an adapter cannot be loaded here, since the weight is on disk, or None."""
-        weight = getattr(self.module, "weight", None)
+        weight = getattr(self.module, self.parameter_name, None)
         on_disk = isinstance(weight, Tensor) and weight.device.type == "meta" and not hasattr(self.module, "_hf_hook")
         if on_disk and "disk" in getattr(model, "hf_device_map", {}).values():
             return (
@@ -163,8 +207,10 @@ class Target:
         return None
 
 
-def check_target(target: Target, config: GraloraConfig, model: nn.Module, model_type: str | None) -> None:
-    """Check that `target` can be adapted, before anything is changed.
+def check_target(
+    target: Target, found: list[Target], config: GraloraConfig, model: nn.Module, model_type: str | None
+) -> None:
+    """Check that `target`, one of those that were `found`, can be adapted, before anything is changed.
 
     Raises:
         ValueError: A width that `gralora_k` does not divide, a weight that its caller reads, a module that PEFT trains
@@ -179,7 +225,8 @@ def check_target(target: Target, config: GraloraConfig, model: nn.Module, model_
             raise ValueError(refusal)
         if refusal := target.attention_refusal() or target.kind_refusal():
             raise TypeError(refusal)
-        if refusal := target.width_refusal(config) or target.placement_refusal(model):
+        refusals = target.nest_refusal(found), target.dropout_refusal(config), target.width_refusal(config)
+        if refusal := next(filter(None, refusals), None) or target.placement_refusal(model):
             raise ValueError(refusal)
     except (TypeError, ValueError) as error:
         way_out = "Take it out of `target_modules`, or name it in `exclude_modules`."
@@ -233,13 +280,32 @@ def find_targets(
         named = {key.rsplit(".gralora_", 1)[0].removeprefix("_orig_mod.") for key in state_dict}
         chosen = [name for name in modules if name.removeprefix("_orig_mod.") in named]
     inside, quantisation = _inside_tuner_layers(model), get_quantization_kwargs(model)
-    found = []
-    for name in chosen:
-        if name and not name.startswith(inside):
-            module = modules[name]
-            backend = None if isinstance(module, GraloraLayer) else backend_of(module, **quantisation)
-            found.append(Target(module, places.of(module), backend))
+    found: list[Target] = []
+    for name, module in modules.items():
+        if not name or name.startswith(inside):
+            continue
+        base = module.get_base_layer() if isinstance(module, GraloraLayer) else module
+        backend = None if base is not module else backend_of(module, **quantisation)
+        kind, at = kind_for(base, backend), places.of(module)
+        parameters = _chosen_parameters(config, places.names(name), base)
+        if name in chosen:
+            asked = ("weight",) if kind is None else kind.parameters_of(base)
+            found += [Target(module, at, backend, kind, parameter) for parameter in asked]
+            parameters = [parameter for parameter in parameters if parameter not in asked]
+        for parameter in parameters:
+            found.append(Target(module, at, backend, parameter_kind(base, parameter, backend), parameter))
     return found
+
+
+def _chosen_parameters(config: GraloraConfig, names: list[str], base: nn.Module) -> list[str]:
+    """Return which parameters `config` chooses of the module `base` that is called `names`."""
+    asked = copy.copy(config)
+    asked.target_modules = set(config.target_parameters or ())
+    if config.asks_for_all_linear:
+        asked.target_modules |= set(expert_stacks(base))
+    if not asked.target_modules or isinstance(matches(asked, names), _ExcludedModule):
+        return []
+    return [p for p in base._parameters if matches(asked, [f"{name}.{p}" for name in names]) is True]
 
 
 def leave_out_misfits(targets: list[Target], config: GraloraConfig, model_type: str | None) -> list[Target]:
@@ -271,11 +337,43 @@ def leave_out_misfits(targets: list[Target], config: GraloraConfig, model_type: 
     return fitting
 
 
+def is_parameter(target: Target) -> bool:
+    """Return whether the target is a parameter, which `target_parameters` names."""
+    return (
+        target.kind is not None
+        and issubclass(target.kind, ParameterLayer)
+        and not target.kind.covers(target.base, target.backend)
+    )
+
+
 def names_of(targets: list[Target], places: Places, model: nn.Module) -> set[str] | str:
-    """Return `target_modules` that means `targets` and no other module of `model`."""
+    """Return `target_modules` that means the modules among `targets` and no other module of `model`."""
     inside = _inside_tuner_layers(model)
-    others = places.names_without(target.module for target in targets)
-    return exact_targets([target.name for target in targets], [name for name in others if not name.startswith(inside)])
+    chosen = [target for target in targets if not is_parameter(target)]
+    others = places.names_without(target.module for target in chosen)
+    names = dict.fromkeys(target.places[0][0] for target in chosen)
+    return exact_targets(names, [name for name in others if not name.startswith(inside)])
+
+
+def parameter_names_of(targets: list[Target], model: nn.Module) -> list[str] | None:
+    """Return `target_parameters` that means the parameters among `targets` and no other of `model`."""
+    chosen = [target.name for target in targets if is_parameter(target)]
+    taken = set(chosen)
+    names = exact_targets(chosen, [name for name, _ in model.named_parameters() if name not in taken])
+    return (sorted(names) if isinstance(names, set) else chosen) or None
+
+
+def announce_experts(targets: list[Target]) -> None:
+    """Say how many stacks of experts "all linear layers" include."""
+    stacks = [target for target in targets if is_parameter(target)]
+    if stacks:
+        names = ", ".join(sorted({repr(target.parameter_name) for target in stacks}))
+        experts = shape_of(stacks[0].base, stacks[0].parameter_name)[0]
+        warnings.warn(
+            f"`target_modules='all-linear'` adapts the experts too: {len(stacks)} stacks of {experts} experts "
+            f"({names}). Name them in `exclude_modules` to leave them out.",
+            stacklevel=2,
+        )
 
 
 def warn_of_unmatched_names(asked: set[str], places: Places) -> None:
@@ -295,8 +393,9 @@ def announce_unmergeable(targets: Iterable[Target]) -> None:
     """Warn once for each reason why new layers at `targets` can never be merged."""
     refusals = Counter[str]()
     for target in targets:
-        layer = getattr(target.parents[0], target.name.rpartition(".")[2])
-        if isinstance(layer, GraloraLayer) and (refusal := layer.rewrite_refusal()):
+        outermost = getattr(target.parents[0], target.places[0][0].rpartition(".")[2])
+        layer = outermost.nest()[target.parameter_name] if isinstance(outermost, GraloraLayer) else None
+        if layer is not None and (refusal := layer.rewrite_refusal()):
             refusals[refusal] += 1
     for refusal, count in refusals.items():
         warnings.warn(

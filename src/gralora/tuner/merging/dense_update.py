@@ -23,6 +23,10 @@ class Part(NamedTuple):
         """Return a part with whole factors; where FSDP2 has sharded them, every process must call this."""
         return cls(blocks.Factors(*(f.full_tensor() if isinstance(f, DTensor) else f for f in factors)), scale)
 
+    def expert(self, index: int) -> "Part":
+        """Return the part of one expert, views into the stack."""
+        return Part(self.factors.expert(index), self.scale)
+
     def kept(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> "Part":
         """Return an independent copy, in `dtype` and on `device` where they are given."""
         return Part(

@@ -9,10 +9,9 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from gralora.tuner.merging import quantised
-from gralora.tuner.merging.dense_update import Part, Scratch, sum_dtype
-from gralora.tuner.merging.records import CopyRecord, DenseRecord, ForgottenRecord, MergeRecord, SharedRecord
-from gralora.tuner.merging.rows import as_integers, chunks, digest, local
+from gralora.tuner.merging import dense, quantised, stack
+from gralora.tuner.merging.dense_update import Part
+from gralora.tuner.merging.records import ForgottenRecord, MergeRecord, SharedRecord, kept_parts
 from gralora.tuner.merging.sharing import UNSHARED, Sharing, own_copy
 from gralora.tuner.merging.weight import WeightRef, WeightState
 from gralora.tuner.numerics import pinned_numerics
@@ -38,7 +37,8 @@ def absence_refusal(ref: WeightRef) -> str | None:
     """Return why a weight cannot be rewritten at the moment, because of how it is sharded, or None."""
     weight = ref.parameter
     if isinstance(weight, DTensor):
-        return None
+        sharded = "only a part of its stack of experts is here. Merge in a process that holds the whole model."
+        return None if ref.experts is None else sharded
     # FSDP1 and ZeRO-3 leave a vector, which may be empty, in the state of a weight.
     flat = isinstance(weight, nn.Parameter) and weight.is_floating_point() and weight.dim() < 2
     if flat or (_flattened_by_fsdp1(ref.owner) and not isinstance(weight, nn.Parameter)):
@@ -110,12 +110,17 @@ def prepare(
     with pinned_numerics():
         if layer.quantization_backend is not None:
             merged, record, write = quantised.prepare(layer, names, parts, keep, own_module)
-            _check_finite(merged, now.parameter, names, safe)
+            dense.check_finite(merged, now.parameter, names, safe)
             return record, write
         if now.parameter.device.type == "meta":
             raise RuntimeError("this layer cannot be merged: its base weight is not loaded (meta device).")
-        values, record = _merged(now, names, parts, keep, shared=bool(sharing))
-        _check_finite(values, now.parameter, names, safe)
+        if now.ref.experts is not None:
+            return stack.prepare(layer, names, parts, safe, keep, bool(sharing))
+        kept = kept_parts(now.stored, parts) if keep and not sharing else None
+        values, record, fingerprints = dense.merged(now, names, parts, kept)
+        dense.check_finite(values, now.parameter, names, safe)
+        if record is None:
+            record = SharedRecord(names, *fingerprints, now) if keep else ForgottenRecord(names, *fingerprints)
         state = now._replace(values=values)
         if sharing:
             if values.stride() != now.parameter.stride():  # keep its memory layout (`channels_last`, say)
@@ -123,58 +128,5 @@ def prepare(
             parameter = nn.Parameter(values, now.parameter.requires_grad)
             base = own_module or now.base
             owner = base if now.ref.owner is now.base else now.ref.owner
-            state = WeightState(base, now.ref._replace(owner=owner), parameter, parameter)
+            state = WeightState(base, now.ref._replace(owner=owner), parameter)
         return record, lambda: state.put_back(layer)
-
-
-def _merged(
-    now: WeightState, names: list[str], parts: list[Part], keep: bool, shared: bool
-) -> tuple[Tensor, MergeRecord]:
-    """Return `weight + Δ`, rounded once, and the record that undoes it."""
-    window = now.window
-    merged = torch.empty_like(window.rows)
-    record = DenseRecord.start(names, now.parameter, parts) if keep and not shared else None
-    kept = parts if record is None else record.parts
-    same = all(a.factors.A.dtype == b.factors.A.dtype for a, b in zip(kept, parts, strict=True))
-    # An undo computes these products again, so their operands need the same memory layout.
-    parts = kept if same else parts
-    scratch, whole, before, after = Scratch(window, parts), record is not None, [], []
-    kept_scratch = scratch if sum_dtype(window.rows, kept) == scratch.dtype else Scratch(window, kept)
-    for start, stop in chunks(window.rows):
-        original, chunk = window.rows[start:stop].contiguous(), merged[start:stop]
-        update = scratch.delta(parts, start, stop)
-        chunk.copy_(scratch.sum(original, update))
-        before.append(digest(original))
-        after.append(digest(chunk))
-        if record is not None and whole:
-            kept_update = update if same else kept_scratch.delta(kept, start, stop)
-            record.note(original, kept_scratch.unrounded(chunk, kept_update))
-            whole = record.nbytes < window.rows.nbytes
-    values, fingerprints = now.ref.stored(merged), (as_integers(before), as_integers(after))
-    if record is not None and whole:
-        record.before, record.after = fingerprints
-        return values, record
-    if not keep:
-        return values, ForgottenRecord(names, *fingerprints)
-    if shared:
-        return values, SharedRecord(names, *fingerprints, now)
-    return values, CopyRecord(names, *fingerprints, local(now.parameter).clone())
-
-
-def _check_finite(merged: Tensor, weight: Tensor | None, names: list[str], safe: bool) -> None:
-    if safe and not agreed(bool(torch.isfinite(merged).all()), weight):
-        raise ValueError(
-            f"the merged weight must be finite; merging {', '.join(map(repr, names))} gives non-finite values. "
-            "Nothing was merged."
-        )
-
-
-def agreed(verdict: bool, weight: Tensor | None) -> bool:
-    """Return whether every process that holds a part of `weight` came to a true `verdict`; all of them must ask."""
-    if not isinstance(weight, DTensor):
-        return verdict
-    everywhere = torch.tensor(verdict, dtype=torch.uint8, device=weight.device)
-    for dimension in range(weight.device_mesh.ndim):
-        group = weight.device_mesh.get_group(dimension)
-        torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN, group)
-    return bool(everywhere)

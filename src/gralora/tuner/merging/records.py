@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gralora.tuner import numerics
 from gralora.tuner.merging.dense_update import Part, Scratch
-from gralora.tuner.merging.rows import as_integers, bits, chunks, digest, local
+from gralora.tuner.merging.rows import as_integers, bits, chunks, digest
 from gralora.tuner.merging.weight import WeightState
 
 # A correction is forced every so many elements, so that each gap between two fits a byte.
@@ -133,7 +133,7 @@ class CopyRecord(MergeRecord):
     @classmethod
     def between(cls, names: list[str], earlier: WeightState, now: WeightState) -> "CopyRecord":
         """Return the record of a merge that led from `earlier` to `now`."""
-        return cls(names, earlier.fingerprint(), now.fingerprint(), local(earlier.values).clone())
+        return cls(names, earlier.fingerprint(), now.fingerprint(), earlier.stored.clone())
 
     @property
     def nbytes(self) -> int:
@@ -148,6 +148,14 @@ class CopyRecord(MergeRecord):
         return CopyRecord.between(self.adapter_names, earlier, now)
 
 
+def kept_parts(weight: Tensor, parts: list[Part]) -> list[Part]:
+    """Return copies of `parts` for the record of a merge into `weight`."""
+    factors = sum(tensor.nbytes for part in parts for tensor in part.factors if tensor is not None)
+    # Rounded factors cost more corrections and products, and are worth it where the factors are large.
+    dtype = weight.dtype if factors > _LARGE_FACTORS * weight.nbytes else None
+    return [part.kept(dtype) for part in parts]
+
+
 @dataclass
 class DenseRecord(MergeRecord):
     """Factors and corrections, by chunks of rows; see the module's docstring."""
@@ -156,15 +164,6 @@ class DenseRecord(MergeRecord):
     gaps: list[UInt8[Tensor, " corrections"]] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     environment: tuple[int, str, bool] = field(default_factory=numerics.environment)
-
-    @classmethod
-    def start(cls, names: list[str], weight: Tensor, parts: list[Part]) -> "DenseRecord":
-        """Return a record without corrections and fingerprints, which are added chunk by chunk and at the end."""
-        here = local(weight)
-        factors = sum(tensor.nbytes for part in parts for tensor in part.factors if tensor is not None)
-        # Rounded factors cost more corrections and products, and are worth it where the factors are large.
-        dtype = here.dtype if factors > _LARGE_FACTORS * here.nbytes else None
-        return cls(names, (), (), [part.kept(dtype) for part in parts])
 
     def note(self, original: Tensor, guess: Tensor) -> None:
         """Keep the elements of a chunk where `guess` is not `original`; both are contiguous."""
@@ -213,7 +212,7 @@ class DenseRecord(MergeRecord):
 
     def portable(self, earlier: WeightState) -> MergeRecord:
         """Return a copy record, since another machine's products may round differently."""
-        return CopyRecord(self.adapter_names, self.before, self.after, local(earlier.values).clone())
+        return CopyRecord(self.adapter_names, self.before, self.after, earlier.stored.clone())
 
     def converted(self, earlier: WeightState, now: WeightState) -> MergeRecord:
         """Return a record that finds the converted original in the converted weight."""

@@ -1,7 +1,7 @@
 """The frozen weight under an adapter: where it is, how it reads as a matrix, and its values at one time."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,17 +23,25 @@ class WeightRef(NamedTuple):
         name: Name of the parameter in it.
         matrix: Maps the stored weight, or a shard of it, to `[out, in]`; a view where the memory layout allows.
         stored: Maps `[out, in]`, or the part of it that is here, back to the shape of the stored weight, a view.
+        experts: Number of matrices, where the parameter is a stack of them; `matrix` and `stored` map one.
+        expert: Which one of a stack this is; None for all.
     """
 
     owner: nn.Module
     name: str = "weight"
     matrix: Callable[[Tensor], Tensor] = identity
     stored: Callable[[Tensor], Tensor] = identity
+    experts: int | None = None
+    expert: int | None = None
 
     @property
     def parameter(self) -> nn.Parameter | None:
         """The weight; None where a packed format has none."""
         return getattr(self.owner, self.name, None)
+
+    def in_parameter(self, parameter: Tensor) -> Tensor:
+        """Return the stored weight in the parameter that holds it: all of it, or its part of a stack, a view."""
+        return parameter if self.expert is None else parameter[self.expert]
 
 
 class WeightState(NamedTuple):
@@ -42,18 +50,23 @@ class WeightState(NamedTuple):
     base: nn.Module
     ref: WeightRef
     parameter: nn.Parameter
-    values: Tensor  # of the shape stored here; the parameter itself where nothing has to be written to it
+    values: Tensor | None = None  # of the shape stored here; None where they are in the parameter
 
     @classmethod
-    def of(cls, layer: Any) -> "WeightState":
-        """Return where the weight of `layer` is."""
-        ref = layer.weight_ref()
-        return cls(layer.base_layer, ref, ref.parameter, ref.parameter)
+    def of(cls, layer: Any, ref: WeightRef | None = None) -> "WeightState":
+        """Return where the weight of `layer` is, or the one that `ref` says."""
+        ref = ref or layer.weight_ref()
+        return cls(layer.base_layer, ref, cast(nn.Parameter, ref.parameter))
+
+    @property
+    def stored(self) -> Tensor:
+        """The values of this process, as they are stored."""
+        return local(self.ref.in_parameter(self.parameter) if self.values is None else self.values)
 
     @property
     def window(self) -> Window:
         """The rows that this process holds, and where they begin in the whole matrix."""
-        rows = self.ref.matrix(local(self.values))
+        rows = self.ref.matrix(self.stored)
         if not isinstance(self.parameter, DTensor):
             return Window(rows, 0, 0)
         return Window(rows, *_first_row_and_column(self.parameter, self.ref.matrix))
@@ -64,8 +77,8 @@ class WeightState(NamedTuple):
 
     def put_back(self, layer: Any) -> None:
         """Make this the weight of `layer`. Doing it again changes nothing."""
-        if self.values is not self.parameter:
-            overwrite(self.parameter, self.values)
+        if self.values is not None:
+            overwrite(self.ref.in_parameter(self.parameter), self.values)
         # Straight into the dictionaries: one step each, which no interrupt can divide.
         self.ref.owner._parameters[self.ref.name] = self.parameter
         layer._modules["base_layer"] = self.base
