@@ -61,7 +61,8 @@ class Factors(NamedTuple):
 
     def expert(self, index: int) -> "Factors":
         """Return the factors of one expert, views into the stack."""
-        return Factors(*(factor if factor is None else factor[index] for factor in self))
+        A, B, *general = self
+        return Factors(A[index], B[index], *(factor if factor is None else factor[index] for factor in general))
 
     def to(self, dtype: torch.dtype, device: torch.device | None = None) -> "Factors":
         """Return the same factors in `dtype`, and on `device` where one is given."""

@@ -293,7 +293,7 @@ class GraloraConfig(PeftConfig):
                 "`target_modules` must be a list of names, a regular expression or 'all-linear'; "
                 f"got target_modules={self.target_modules!r}."
             )
-        parameters = self.target_parameters
+        parameters: Any = self.target_parameters
         if not (parameters is None or (isinstance(parameters, list) and all(isinstance(p, str) for p in parameters))):
             raise ValueError(
                 "`target_parameters` must be a list of names, such as 'experts.gate_up_proj'; "

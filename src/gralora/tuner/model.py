@@ -12,7 +12,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from gralora.checks import is_number
-from gralora.tuner import saving, targets, tensor_parallel
+from gralora.tuner import expert_names, saving, targets, tensor_parallel
 from gralora.tuner.config import GraloraConfig
 from gralora.tuner.layer import GraloraLayer, gralora_layers
 from gralora.tuner.merging.dense import agreed
@@ -56,11 +56,12 @@ class GraloraModel(BaseTuner):
         self._create_on_meta = low_cpu_mem_usage
         with _all_or_nothing(model, self.peft_config, adapter_name):
             config = self.peft_config[adapter_name] = GraloraConfig.adopt(self.peft_config[adapter_name])
+            model_type = self.get_model_config(model).get("model_type")
+            expert_names.rewrite_targets(config, model, model_type)
             asked, all_linear = config.target_modules, config.asks_for_all_linear
             if config.target_modules is None and config.target_parameters:
                 config.target_modules = set()
             config: Any = self._prepare_adapter_config(config, self.get_model_config(model))
-            model_type = self.get_model_config(model).get("model_type")
             with self._knowing_places(model) as places:
                 found = targets.find_targets(model, places, config, state_dict)
                 if all_linear:
@@ -69,7 +70,7 @@ class GraloraModel(BaseTuner):
                     config.target_modules = targets.names_of(found, places, model)
                     config.target_parameters = targets.parameter_names_of(found, model)
                 elif isinstance(asked, set) and state_dict is None:
-                    targets.warn_of_unmatched_names(asked, places)
+                    targets.warn_of_unmatched_names(asked, places, config, model)
                 for target in found:
                     targets.check_target(target, found, config, model, model_type)
                 targets.check_trained_whole(model, config)
@@ -325,6 +326,8 @@ class GraloraModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: GraloraConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
+        if refusal := expert_names.checkpoint_refusal(list(state_dict), model):
+            raise ValueError(refusal)
         found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         # A module at several places is saved under its first name, and looked for under each.
         places = Places(model)

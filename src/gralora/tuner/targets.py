@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from gralora.tuner import tensor_parallel
 from gralora.tuner.config import GraloraConfig, LayerSettings
 from gralora.tuner.exact_targets import exact_targets
+from gralora.tuner.expert_names import parameters_to_name
 from gralora.tuner.experts import expert_stacks
 from gralora.tuner.kinds import kind_for, kind_refusal, parameter_kind
 from gralora.tuner.layer import GraloraLayer
@@ -299,7 +301,7 @@ def find_targets(
 
 def _chosen_parameters(config: GraloraConfig, names: list[str], base: nn.Module) -> list[str]:
     """Return which parameters `config` chooses of the module `base` that is called `names`."""
-    asked = copy.copy(config)
+    asked: Any = copy.copy(config)
     asked.target_modules = set(config.target_parameters or ())
     if config.asks_for_all_linear:
         asked.target_modules |= set(expert_stacks(base))
@@ -376,17 +378,19 @@ def announce_experts(targets: list[Target]) -> None:
         )
 
 
-def warn_of_unmatched_names(asked: set[str], places: Places) -> None:
+def warn_of_unmatched_names(asked: set[str], places: Places, config: GraloraConfig, model: nn.Module) -> None:
     """Name the entries of a target list that match nothing; where nothing matches at all, PEFT raises."""
     names = places.names_without([])
     unmatched = sorted(t for t in asked if not any(name == t or name.endswith(f".{t}") for name in names))
-    if not unmatched or len(unmatched) == len(asked):
+    stacks = [] if config.target_parameters else parameters_to_name(model)
+    if not unmatched or (len(unmatched) == len(asked) and not stacks):
         return
     hints = []
     for target in unmatched:
         near = difflib.get_close_matches(target.rpartition(".")[2], places.leaf_names(), n=3)
         hints.append(f"{target!r}" + (f" (nearest: {', '.join(map(repr, near))})" if near else ""))
-    warnings.warn(f"`target_modules` names that match no module: {'; '.join(hints)}.", stacklevel=2)
+    experts = f" The experts of this model are parameters: `target_parameters={stacks}` adapts them." if stacks else ""
+    warnings.warn(f"`target_modules` names that match no module: {'; '.join(hints)}.{experts}", stacklevel=2)
 
 
 def announce_unmergeable(targets: Iterable[Target]) -> None:

@@ -55,8 +55,8 @@ class WeightState(NamedTuple):
     @classmethod
     def of(cls, layer: Any, ref: WeightRef | None = None) -> "WeightState":
         """Return where the weight of `layer` is, or the one that `ref` says."""
-        ref = ref or layer.weight_ref()
-        return cls(layer.base_layer, ref, cast(nn.Parameter, ref.parameter))
+        found: WeightRef = ref or layer.weight_ref()
+        return cls(layer.base_layer, found, cast(nn.Parameter, found.parameter))
 
     @property
     def stored(self) -> Tensor:

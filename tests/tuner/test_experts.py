@@ -1,0 +1,169 @@
+"""Experts of a mixture: every layout of transformers, against dense weights in float64."""
+
+import copy
+import types
+
+import pytest
+import torch
+from conftest import assert_same_bits, randomise, weights_of
+from contract import LayerContract, assert_near, hold, layer_of
+from peft import PeftModel
+from torch import nn
+from torch.nn import functional
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    GptOssConfig,
+    Llama4TextConfig,
+    MixtralConfig,
+    NemotronHConfig,
+    Qwen3MoeConfig,
+)
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+
+from gralora import GraloraConfig, get_peft_model
+from gralora.tuner.experts import Padding, Routing
+from gralora.tuner.layer import gralora_layers
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MODELS = {
+    "mixtral": lambda: MixtralConfig(**SIZES, intermediate_size=36, num_local_experts=4),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **SIZES, intermediate_size=36, moe_intermediate_size=12, num_experts=4, head_dim=6
+    ),
+    "gpt_oss": lambda: GptOssConfig(**SIZES, intermediate_size=36, num_local_experts=4, head_dim=6),
+    "deepseek_v3": lambda: DeepseekV3Config(
+        **(SIZES | {"num_key_value_heads": 4}),
+        intermediate_size=36,
+        moe_intermediate_size=12,
+        n_routed_experts=4,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+    ),
+    "llama4": lambda: Llama4TextConfig(
+        **(SIZES | {"num_experts_per_tok": 1}),
+        intermediate_size=36,
+        intermediate_size_mlp=36,
+        num_local_experts=4,
+        head_dim=6,
+        interleave_moe_layer_step=1,
+    ),
+}
+
+
+def tiny(name, dtype=torch.float64):
+    """A random model with two layers, whose experts have four matrices each."""
+    torch.manual_seed(0)
+    config = MODELS[name]()
+    config._experts_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    return model
+
+
+def with_dense_updates(model, plain, *names):
+    """Return `plain` with the dense updates of the adapters of `model` added to its weights."""
+    dense = copy.deepcopy(plain)
+    parameters = dict(dense.named_parameters())
+    for name, layer in gralora_layers(model.base_model.model).items():
+        parameter = parameters[f"{name.replace('.base_layer', '')}.{layer.parameter_name}"]
+        for adapter in names or ("default",):
+            if layer.has_adapter(adapter):
+                parameter.data += layer.get_delta_weight(adapter)
+    return dense
+
+
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+
+
+def moe_config(**changes):
+    settings = {"r": 4, "alpha": 8, "target_modules": [], "target_parameters": list(EXPERTS), "init_weights": False}
+    return GraloraConfig(**(settings | changes))
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", MODELS)
+class TestModels:
+    """Outputs, gradients and merges of whole models."""
+
+    def test_output_and_gradients_are_those_of_dense_weights(self, name, tokens):
+        plain = tiny(name)
+        model = get_peft_model(copy.deepcopy(plain), moe_config(hybrid_r=2))
+        dense = with_dense_updates(model, plain)
+        y, expected = model(tokens).logits, dense(tokens).logits
+        assert (expected - plain(tokens).logits).norm() > 1e-3 * expected.norm()
+        assert (y - expected).norm() < 1e-6 * expected.norm()  # the models compute norms and routing in float32
+        g = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)
+        y.backward(g)
+        for parameter in dense.parameters():
+            parameter.requires_grad_(True)
+        expected.backward(g)
+        of_dense = dict(dense.named_parameters())
+        for layer_name, layer in gralora_layers(model.base_model.model).items():
+            stored = of_dense[f"{layer_name.replace('.base_layer', '')}.{layer.parameter_name}"].grad
+            matrices = stored.mT if layer.weight_ref().matrix is torch.t else stored
+            leaves = [f.detach().clone().requires_grad_() for f in layer.factors("default")]
+            for expert, gradient in enumerate(matrices):
+                one = torch.func.functional_call(Dense(), {}, ([leaf[expert] for leaf in leaves],))
+                (one * layer.scaling["default"] * gradient).sum().backward()
+            for leaf, factor in zip(leaves, layer.factors("default"), strict=True):
+                assert (leaf.grad - factor.grad).norm() < 1e-5 * leaf.grad.norm()
+
+    def test_merging_gives_the_same_output_and_unmerging_the_same_bits(self, name, tokens):
+        plain = tiny(name, torch.float32)
+        model = get_peft_model(copy.deepcopy(plain), moe_config())
+        expected, before = model(tokens).logits, weights_of(model)
+        for _ in range(2):
+            model.merge_adapter(safe_merge=True)
+            assert (model(tokens).logits - expected).norm() < 1e-5 * expected.norm()
+            model.unmerge_adapter()
+            assert_same_bits(before, weights_of(model))
+        merged = model.merge_and_unload()
+        assert type(merged) is type(plain)
+        assert not gralora_layers(merged)
+        assert merged.state_dict().keys() == plain.state_dict().keys()
+        assert (merged(tokens).logits - expected).norm() < 1e-5 * expected.norm()
+
+    @pytest.mark.filterwarnings("ignore:This adapter uses `target_parameters`")
+    @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+    def test_saving_and_loading(self, name, tokens, low_cpu_mem_usage, tmp_path):
+        plain = tiny(name, torch.float32)
+        model = get_peft_model(copy.deepcopy(plain), moe_config(hybrid_r=1))
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+class Dense(nn.Module):
+    """The oracle's update as a module."""
+
+    def forward(self, factors):
+        import oracle
+
+        return oracle.dense(*factors, 1.0)
