@@ -8,7 +8,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import peft
@@ -80,6 +80,22 @@ def timed(function: Callable[[], object]) -> float:
     function()
     synchronise()
     return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def keeping_count(model: torch.nn.Module) -> Iterator[dict[int, int]]:
+    """Context manager: collect the bytes that autograd keeps for a backward pass, by storage, without parameters."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
 
 
 def synchronise() -> None:

@@ -9,27 +9,18 @@ the same on any machine. On a GPU the table also shows the peak of allocated mem
 import argparse
 
 import torch
-from common import CONTESTANTS, LINEARS, adapt, device, smollm2, table, write
+from common import CONTESTANTS, LINEARS, adapt, device, keeping_count, smollm2, table, write
 
 
 def measure(name, r, k):
     model = adapt(name, smollm2(torch.bfloat16).to(device()), r, k, LINEARS).train()
     tokens = torch.randint(0, 49152, (8, 96), generator=torch.Generator().manual_seed(0)).to(device())
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     if device() == "cuda":
         torch.cuda.reset_peak_memory_stats()
     inputs = {"input_ids": tokens}
     if name == "base":
         inputs = {"inputs_embeds": model.get_input_embeddings()(tokens).requires_grad_()}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with keeping_count(model) as kept:
         loss = model(**inputs, labels=tokens, use_cache=False).loss
     saved = sum(kept.values())
     loss.backward()

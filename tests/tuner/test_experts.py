@@ -24,7 +24,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from gralora import GraloraConfig, get_peft_model
-from gralora.tuner.experts import Padding, Routing
+
 from gralora.tuner.layer import gralora_layers
 
 SIZES = {

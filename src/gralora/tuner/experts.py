@@ -6,25 +6,22 @@ sorted by expert, as transformers does for its grouped products, and the factors
     up   = x · W_upᵀ + update(x)          by expert
     down = gate(up) · W_downᵀ + update(gate(up))
 
-Forward and backward then cost what plain low-rank products cost, and no tensor of the size of the weights is made.
+Forward and backward then cost what low-rank products cost, and no tensor of the size of the weights is made. The
+products are in `grouped`.
 """
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.integrations import moe
 
-from gralora.tuner.blocks import Factors
 from gralora.tuner.dtypes import update_dtype, without_autocast
+from gralora.tuner.grouped import Routing, add_update, product
 from gralora.tuner.layer import GraloraLayer
 from gralora.tuner.parameters import ParameterLayer, shape_of
-
-# Rows that padding may add to a batched product, as a multiple of the rows that are needed.
-_PADDING = 4
 
 
 class Experts(ParameterLayer):
@@ -74,54 +71,6 @@ def expert_stacks(base: nn.Module) -> tuple[str, ...]:
     return Experts.projections(base) or stacks
 
 
-class Routing(NamedTuple):
-    """Pairs of a token and an expert, sorted by expert; p is their number.
-
-    Attributes:
-        order: Positions of the sorted pairs among the unsorted.
-        experts: Expert of each sorted pair.
-        stops: Pair after the last one of each expert.
-    """
-
-    order: Int[Tensor, " p"]
-    experts: Int[Tensor, " p"]
-    stops: Int[Tensor, " experts"]
-
-    @classmethod
-    def of(cls, top_k_index: Tensor, number: int) -> "Routing":
-        """Return the routing of `top_k_index` `[tokens, top_k]` to `number` experts."""
-        experts, order = torch.sort(top_k_index.reshape(-1))
-        # `histc` takes floats on a CPU only; unlike `bincount` it never synchronises with a GPU.
-        values = experts.float() if experts.device.type in ("cpu", "mps") else experts.int()
-        counts = torch.histc(values, bins=number, min=0, max=number - 1)
-        return cls(order, experts, torch.cumsum(counts, 0, dtype=torch.int32))
-
-    def padding(self) -> "Padding | None":
-        """Return where the pairs are if every expert gets as many rows as the busiest; None where that is too many."""
-        if self.stops.device.type != "cpu" or torch.compiler.is_compiling():
-            return None  # the number of rows would have to be fetched from the device
-        counts = torch.diff(self.stops, prepend=self.stops.new_zeros(1))
-        number, rows = len(counts), int(counts.max())
-        if number * rows > _PADDING * len(self.experts):
-            return None
-        starts = self.stops - counts
-        places = torch.arange(len(self.experts)) - starts[self.experts] + rows * self.experts
-        source = torch.zeros(number * rows, dtype=torch.int64).index_copy_(0, places, torch.arange(len(places)))
-        return Padding(places, source)
-
-
-class Padding(NamedTuple):
-    """Sorted pairs, laid out with the same number of rows for every expert.
-
-    Attributes:
-        places: Row of each pair.
-        source: Pair of each row; any pair for the rows that are not needed.
-    """
-
-    places: Int[Tensor, " p"]
-    source: Int[Tensor, " rows"]
-
-
 def experts_forward(
     base: Any,
     adapters: dict[str, list[tuple[GraloraLayer, str]]],
@@ -138,69 +87,27 @@ def experts_forward(
         top_k_index: Experts of each token.
         top_k_weights: Their weights in the output.
     """
-    routing = Routing.of(top_k_index, base.num_experts)
-    padding = routing.padding() if adapters else None
-    top_k = top_k_index.shape[-1]
+    routing = Routing(top_k_index, base.num_experts)
 
-    def project(x: Tensor, name: str) -> Tensor:
+    def project(x: Tensor, tokens: Tensor | None, name: str) -> Tensor:
         weight = getattr(base, name)
-        y = grouped_product(x, weight if base.is_transposed else weight.mT, routing)
+        y = product(x, weight if base.is_transposed else weight.mT, routing)
         if base.has_bias:
             y = y + getattr(base, f"{name}_bias")[routing.experts]
         for layer, adapter_name in adapters.get(name, ()):
-            stored = layer.factors(adapter_name, call=True)
-            dtype = update_dtype(weight.dtype, stored)
-            factors = stored.scaled(layer.scaling[adapter_name], dtype, x.device)
-            inputs = layer.inputs(x, adapter_name, dtype)
+            factors = layer.factors(adapter_name, call=True)
+            dropped = layer.gralora_dropout[adapter_name](x)
+            dtype = update_dtype(weight.dtype, factors)
             with without_autocast(x):
-                y = y + experts_update(inputs, factors, routing, padding).to(y.dtype)
+                y = add_update(
+                    y, dropped, tokens if dropped is x else None, factors, layer.scaling[adapter_name], dtype, routing
+                )
         return y
 
     up_name, down_name = Experts.projections(base)
-    up = project(hidden_states[routing.order // top_k], up_name)
-    down = project(base._apply_gate(up) if base.has_gate else base.act_fn(up), down_name)
+    up = project(hidden_states[routing.tokens], hidden_states, up_name)
+    down = project(base._apply_gate(up) if base.has_gate else base.act_fn(up), None, down_name)
     if base.has_post_expert_norm:
         down = base.post_expert_norm(down)
-    weighted = down * top_k_weights.reshape(-1)[routing.order].unsqueeze(-1)
-    unsorted = torch.empty_like(routing.order)
-    unsorted[routing.order] = torch.arange(len(routing.order), device=unsorted.device)
-    total = weighted[unsorted].view(len(hidden_states), top_k, weighted.shape[-1]).sum(1)
-    return total.to(hidden_states.dtype)
-
-
-def experts_update(
-    x: Float[Tensor, "p in"], factors: Factors, routing: Routing, padding: Padding | None
-) -> Float[Tensor, "p out"]:
-    """Return the updates of sorted rows, each by the factors of its expert.
-
-    Args:
-        x: Input of each pair, sorted by expert, of the dtype of `factors`.
-        factors: Stacks of factors.
-        routing: Which rows belong to which expert.
-        padding: How to lay the rows out for batched products; None for grouped ones.
-    """
-    A, B, A_general, B_general = factors
-    experts, k, n, _ = A.shape
-    s = factors.s
-    if padding is not None:
-        rows = x[padding.source].view(experts, -1, k, n).transpose(1, 2)
-        middle = (rows @ A).unflatten(-1, (k, s)).permute(0, 3, 2, 1, 4).flatten(-2)
-        update = (middle @ B).transpose(1, 2).flatten(2)
-        if A_general is not None and B_general is not None:
-            update = update + rows.transpose(1, 2).flatten(2) @ A_general.mT @ B_general.mT
-        return update.flatten(0, 1)[padding.places]
-    by_input = [grouped_product(x[:, j * n : (j + 1) * n], A[:, j], routing) for j in range(k)]
-    middle = torch.stack(by_input).unflatten(-1, (k, s)).permute(2, 1, 0, 3).flatten(-2)
-    update = torch.cat([grouped_product(middle[i], B[:, i], routing) for i in range(k)], 1)
-    if A_general is not None and B_general is not None:
-        update = update + grouped_product(grouped_product(x, A_general.mT, routing), B_general.mT, routing)
-    return update
-
-
-def grouped_product(
-    x: Float[Tensor, "p n"], weights: Float[Tensor, "experts n m"], routing: Routing
-) -> Float[Tensor, "p m"]:
-    """Return the product of each sorted row of `x` with the matrix of its expert, in the dtype of `weights`."""
-    if weights.dtype == torch.float64:  # which torch's own does not take
-        return torch.ops.transformers.grouped_mm_fallback(x.to(weights.dtype), weights, routing.stops)
-    return moe._grouped_mm(x, weights, routing.stops)
+    weighted = routing.by_token(down) * top_k_weights.unsqueeze(-1)
+    return weighted.sum(1).to(hidden_states.dtype)

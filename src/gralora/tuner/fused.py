@@ -74,7 +74,7 @@ def _is_watched(base: nn.Module) -> bool:
         # Selective checkpointing keeps outputs, to which nothing may be added in place then.
         or torch._C._len_torch_dispatch_stack() > 0
         or (torch._C._len_torch_function_stack() > 0 and _is_function_watched())
-        or _is_transformed()
+        or is_transformed()
     )
 
 
@@ -94,7 +94,7 @@ def _torchs_own() -> tuple[Any, ...]:
 _TORCHS_OWN = _torchs_own()
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Return whether a functorch transform or forward-mode differentiation is active."""
     return _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
@@ -223,7 +223,7 @@ class _Linear(torch.autograd.Function):
         stored, factors, for_factors = Factors(*saved[:4]), Factors(*saved[4:8]), saved[8:]
         batched = _functorch.is_legacy_batchedtensor(g)  # of `is_grads_batched`
         with without_autocast(g):
-            if torch.is_grad_enabled() or batched or _is_transformed():
+            if torch.is_grad_enabled() or batched or is_transformed():
                 gradients = _differentiable_gradients(ctx, g, weight, stored, for_factors[0])
             else:
                 gradients = _gradients(ctx, g, weight, stored, factors, *for_factors)
