@@ -73,6 +73,7 @@ class LayerContract:
     exact_dtype = torch.float64  # the widest dtype in which the base computes
     rounds_once = True  # a merged weight is the exact sum, rounded to the stored dtype
     transforms = True  # the base works under torch.func.vmap
+    fresh_is_exact = True  # the layer calls the base's own products
 
     target = "layer"  # what an error calls the adapted weight
     targets: ClassVar = {"target_modules": ["layer"]}
@@ -172,7 +173,10 @@ class LayerContract:
     def test_a_fresh_adapter_changes_nothing_exactly(self, hybrid_r):
         layer = layer_of(self.adapt(torch.float32, hybrid_r=hybrid_r, init_weights=True))
         x = self.make_input(torch.float32)
-        assert torch.equal(self.call(layer, x), self.call(layer.base_layer, x))
+        if self.fresh_is_exact:
+            assert torch.equal(self.call(layer, x), self.call(layer.base_layer, x))
+        else:
+            assert_near(self.call(layer, x), self.call(layer.base_layer, x), torch.float32)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision_is_near_the_dense_update(self, dtype):
@@ -228,7 +232,7 @@ class LayerContract:
         layer, seen = layer_of(self.adapt(hybrid_r=2)), []
         for name in NAMES:
             getattr(layer, name)._modules["default"].register_forward_hook(lambda *_, name=name: seen.append(name))
-        layer(self.make_input(self.exact_dtype))
+        self.call(layer, self.make_input(self.exact_dtype))
         assert sorted(seen) == sorted(NAMES)
 
     def test_adapter_names_are_refused_before_the_base_runs(self):
@@ -436,7 +440,7 @@ class LayerContract:
         assert layer.state_dict().keys() == base | factors
         assert {n for n, p in layer.named_parameters() if p.requires_grad} == {n for n in factors if "default" in n}
 
-    @pytest.mark.filterwarnings("ignore:This adapter uses `layer_kinds`")
+    @pytest.mark.filterwarnings("ignore:This adapter uses `\\w+`")
     @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
     def test_saving_and_loading_is_bit_for_bit(self, low_cpu_mem_usage, tmp_path):
         base = self.make_base(torch.float32)
@@ -453,13 +457,17 @@ class LayerContract:
     # Putting it on ----------------------------------------------------------------------------------------------------
 
     def test_an_adapter_can_be_made_on_the_meta_device(self):
-        model = get_peft_model(self.hold(self.make_base(torch.float32)), self.config(hybrid_r=2), low_cpu_mem_usage=True)
+        model = get_peft_model(
+            self.hold(self.make_base(torch.float32)), self.config(hybrid_r=2), low_cpu_mem_usage=True
+        )
         assert all(factor.is_meta for factor in factors_of(layer_of(model)))
 
     def test_blocks_that_do_not_fit_are_refused_by_the_name_of_the_module(self):
         base = self.make_base(torch.float32)
         model = self.hold(base)
-        with pytest.raises(ValueError, match=rf"'{self.target}' cannot be adapted: `gralora_k` must divide .*; got .*=5"):
+        with pytest.raises(
+            ValueError, match=rf"'{self.target}' cannot be adapted: `gralora_k` must divide .*; got .*=5"
+        ):
             get_peft_model(model, self.config(k=5))
         assert model.layer is base
 

@@ -1,15 +1,14 @@
 """Experts of a mixture: every layout of transformers, against dense weights in float64."""
 
 import copy
-import types
 
+import oracle
 import pytest
 import torch
-from conftest import assert_same_bits, randomise, weights_of
-from contract import LayerContract, assert_near, hold, layer_of
+from conftest import assert_same_bits, weights_of
+from contract import LayerContract, assert_near, layer_of
 from peft import PeftModel
 from torch import nn
-from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -24,7 +23,6 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from gralora import GraloraConfig, get_peft_model
-
 from gralora.tuner.layer import gralora_layers
 
 SIZES = {
@@ -130,7 +128,7 @@ class TestModels:
             matrices = stored.mT if layer.weight_ref().matrix is torch.t else stored
             leaves = [f.detach().clone().requires_grad_() for f in layer.factors("default")]
             for expert, gradient in enumerate(matrices):
-                one = torch.func.functional_call(Dense(), {}, ([leaf[expert] for leaf in leaves],))
+                one = oracle.dense(*(leaf[expert] for leaf in leaves), 1.0)
                 (one * layer.scaling["default"] * gradient).sum().backward()
             for leaf, factor in zip(leaves, layer.factors("default"), strict=True):
                 assert (leaf.grad - factor.grad).norm() < 1e-5 * leaf.grad.norm()
@@ -160,10 +158,120 @@ class TestModels:
         assert torch.equal(loaded(tokens).logits, model(tokens).logits)
 
 
-class Dense(nn.Module):
-    """The oracle's update as a module."""
+def routing(x, number=4, top_k=2):
+    """Two experts for every token, by its position, and their weights."""
+    tokens = torch.arange(len(x))
+    index = torch.stack([tokens * 3 % number, (tokens * 3 + 1) % number], 1)
+    return index, torch.linspace(0.2, 0.8, len(x) * top_k, dtype=x.dtype).view(-1, top_k)
 
-    def forward(self, factors):
-        import oracle
 
-        return oracle.dense(*factors, 1.0)
+class Block(nn.Module):
+    """Experts with a fixed routing, called with the tokens alone."""
+
+    def __init__(self, experts):
+        super().__init__()
+        self.layer = experts
+
+    def forward(self, x):
+        return self.layer(x, *routing(x))
+
+
+class ExpertsContract(LayerContract):
+    """One parameter of experts; the oracle is their own eager forward with other weights."""
+
+    transforms = False  # which rows an expert gets depends on the data
+    fresh_is_exact = False  # the layer sorts the rows, and sums over the experts of a token in another order
+
+    def make(self, config, kind, dtype):
+        config._experts_implementation = self.implementation(dtype)
+        experts = kind(config).to(dtype)
+        for parameter in experts.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        return experts
+
+    def implementation(self, dtype):
+        return "grouped_mm" if dtype == torch.float32 else "eager"  # which takes any width
+
+    def make_input(self, dtype):
+        return torch.randn(7, 12, dtype=dtype)
+
+    def arguments(self, x):
+        return x, *routing(x)
+
+    def hold(self, base):
+        return Block(base)
+
+    def weight(self, base):
+        return getattr(base, self.parameter).detach().double()
+
+    def dense(self, factors, scale):
+        experts = range(len(factors[0]))
+        return torch.stack([oracle.dense(*(f if f is None else f[e] for f in factors), scale) for e in experts])
+
+    def output(self, base, x, weight):
+        exact = copy.deepcopy(base).double()
+        exact.config._experts_implementation = "eager"
+        exact._forward_hooks.clear()
+        return torch.func.functional_call(exact, {self.parameter: weight}, (x, *routing(x)))
+
+    @property
+    def target(self):
+        return f"layer.{self.parameter}"
+
+    @property
+    def targets(self):
+        return {"target_modules": [], "target_parameters": [self.target]}
+
+    def test_the_hooks_of_the_base_run_and_an_output_that_they_keep_is_not_changed(self):
+        """The update is inside the base, so a hook of the base sees it, and what the hook returns is the output."""
+        layer, x = layer_of(self.adapt(hybrid_r=2)), self.make_input(self.exact_dtype)
+        expected, seen, kept = self.expected(layer, x, "default"), [], torch.ones(1)
+        layer.base_layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        layer.base_layer.register_forward_hook(lambda _, args, y: seen.append(y) or kept)
+        assert self.call(layer, x) is kept
+        assert seen[0] is x
+        assert_near(seen[1], expected, self.exact_dtype)
+
+    def test_one_dropout_draw_feeds_both_parts(self):
+        layer, x = layer_of(self.adapt(gralora_dropout=0.5, hybrid_r=2)), self.make_input(self.exact_dtype)
+        assert_near(self.call(layer.eval(), x), self.expected(layer, x, "default"), self.exact_dtype)
+        torch.manual_seed(7)
+        first = self.call(layer.train(), x)
+        torch.manual_seed(7)
+        assert torch.equal(self.call(layer, x), first)
+        assert not torch.equal(self.call(layer, x), first)
+
+
+class OfMixtral(ExpertsContract):
+    def make_base(self, dtype):
+        config = MixtralConfig(hidden_size=12, intermediate_size=24, num_local_experts=4, num_experts_per_tok=2)
+        return self.make(config, MixtralExperts, dtype)
+
+
+class TestGateAndUp(OfMixtral):
+    parameter = "gate_up_proj"
+
+
+class TestDown(OfMixtral):
+    parameter = "down_proj"
+
+
+class TestTransposedWithBiases(ExpertsContract):
+    parameter = "gate_up_proj"
+
+    def make_base(self, dtype):
+        config = GptOssConfig(hidden_size=12, intermediate_size=24, num_local_experts=4, num_experts_per_tok=2)
+        return self.make(config, GptOssExperts, dtype)
+
+    def stored(self, base, delta):
+        return delta.mT
+
+
+class TestWithoutAGate(ExpertsContract):
+    parameter = "up_proj"
+
+    def make_base(self, dtype):
+        config = NemotronHConfig(
+            hidden_size=12, moe_intermediate_size=24, n_routed_experts=4, num_experts_per_tok=2, moe_latent_size=None
+        )
+        return self.make(config, NemotronHExperts, dtype)

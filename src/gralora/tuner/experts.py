@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Float, Int
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from transformers.integrations import moe
 
@@ -28,6 +29,15 @@ class Experts(ParameterLayer):
     """GraLoRA on the stacked weights of experts that follow transformers' experts interface, in all its layouts."""
 
     noun = "stacks of experts (`target_parameters`)"
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        quantization_backend: QuantizationBackend | None = None,
+        parameter_name: str = "weight",
+    ) -> None:
+        super().__init__(base_layer, quantization_backend, parameter_name)
+        self._projections = self.projections(self.get_base_layer())
 
     @classmethod
     def projections(cls, base: nn.Module) -> tuple[str, ...]:
@@ -48,11 +58,11 @@ class Experts(ParameterLayer):
         by_name: dict[str, list[tuple[GraloraLayer, str]]] = {
             layer.parameter_name: [(layer, name) for name in names] for layer, names in applied.items()
         }
-        if getattr(base, "_is_expert_parallel", False) or not by_name.keys() <= set(self.projections(base)):
+        if getattr(base, "_is_expert_parallel", False) or not by_name.keys() <= set(self._projections):
             return super().adapted_forward(base, applied)
 
         def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-            return experts_forward(base, by_name, hidden_states, top_k_index, top_k_weights)
+            return experts_forward(base, self._projections, by_name, hidden_states, top_k_index, top_k_weights)
 
         return forward
 
@@ -73,6 +83,7 @@ def expert_stacks(base: nn.Module) -> tuple[str, ...]:
 
 def experts_forward(
     base: Any,
+    projections: tuple[str, ...],
     adapters: dict[str, list[tuple[GraloraLayer, str]]],
     hidden_states: Float[Tensor, "t hidden"],
     top_k_index: Int[Tensor, "t top_k"],
@@ -82,6 +93,7 @@ def experts_forward(
 
     Args:
         base: Experts that follow transformers' interface.
+        projections: Names of their weights, the first one first.
         adapters: Name of a projection to the layers and names of the adapters on it.
         hidden_states: Input.
         top_k_index: Experts of each token.
@@ -104,7 +116,7 @@ def experts_forward(
                 )
         return y
 
-    up_name, down_name = Experts.projections(base)
+    up_name, down_name = projections
     up = project(hidden_states[routing.tokens], hidden_states, up_name)
     down = project(base._apply_gate(up) if base.has_gate else base.act_fn(up), None, down_name)
     if base.has_post_expert_norm:

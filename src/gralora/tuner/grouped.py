@@ -10,7 +10,6 @@ batched ones, which a CPU does faster. The update is two products over all exper
 and what is kept for the backward pass is the input, as the caller has it, and the small middle tensor.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +20,8 @@ from transformers.integrations import moe
 from gralora.tuner.blocks import Factors
 from gralora.tuner.fused import FEW_TOKENS, is_transformed
 
-# Rows of a batch, as a multiple of those that are needed, above which grouped products are faster: those of the factors,
-# and those of the frozen weights, which a grouped product does not read for experts without rows.
+# Rows of a batch, as a multiple of those that are needed, above which grouped products are faster: for the factors, and
+# for the frozen weights, which a grouped product does not read where an expert has no rows.
 _PADDING, _PADDING_OF_WEIGHTS = 4, 2.5
 
 
@@ -41,7 +40,11 @@ class Routing:
     Attributes:
         top_k: Number of experts of a token.
         number: Number of experts.
+        batches: Whether updates are computed in batches: on a CPU, with little padding, where nothing else watches
+            the products.
+        has_few_rows: Whether these batches are small beside weights and factors.
         is_even: Whether every expert has `most` rows, of which some belong to no pair.
+        most: Number of rows of the busiest expert, where it is known.
         tokens: Token of each row; that of any row where it belongs to no pair.
         experts: Expert of each row.
         stops: Row after the last one of each expert.
@@ -57,9 +60,14 @@ class Routing:
         self.stops = torch.cumsum(self._counts, 0, dtype=torch.int32)
         self._indices: dict[int, _Index] = {}
         row = torch.arange(len(order), device=device)
-        self.is_even = self.has_few_rows and number * self.most <= _PADDING_OF_WEIGHTS * len(order)
+        self.batches = self.has_few_rows = self.is_even = False
+        if device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed():
+            self.most = int(self._counts.max())
+            self.batches = number * self.most <= _PADDING * len(order)
+            self.has_few_rows = self.batches and self.most <= FEW_TOKENS
+            self.is_even = self.has_few_rows and number * self.most <= _PADDING_OF_WEIGHTS * len(order)
         if self.is_even:
-            row = self._within + self.most * self.experts
+            row = self._within() + self.most * self.experts
             self.tokens = torch.zeros(number * self.most, dtype=torch.int64).index_copy_(0, row, self.tokens)
             self.experts = torch.arange(number).repeat_interleave(self.most)
         self._row_of_pair = torch.empty_like(order).index_copy_(0, order, row)
@@ -68,26 +76,8 @@ class Routing:
         """Return the rows of the pairs in the order of the tokens."""
         return rows.index_select(0, self._row_of_pair).unflatten(0, (-1, self.top_k))
 
-    @functools.cached_property
-    def batches(self) -> bool:
-        """Whether batches are worth while: on a CPU, with little padding, where nothing else watches the products."""
-        if self.tokens.device.type != "cpu" or torch.compiler.is_compiling() or is_transformed():
-            return False
-        return self.number * self.most <= _PADDING * len(self.tokens)
-
-    @property
-    def has_few_rows(self) -> bool:
-        """Whether the weights and the factors are the large tensors, and the rows the small ones."""
-        return self.batches and self.most <= FEW_TOKENS
-
-    @functools.cached_property
-    def most(self) -> int:
-        """Number of rows of the busiest expert, fetched from the device."""
-        return int(self._counts.max())
-
-    @functools.cached_property
-    def _within(self) -> Tensor:
-        """Position of each sorted pair among the pairs of its expert."""
+    def _within(self) -> Int[Tensor, " pairs"]:
+        """Return the position of each sorted pair among the pairs of its expert."""
         starts = self.stops - self._counts.long()
         return torch.arange(len(self.experts)) - starts[self.experts]
 
@@ -138,7 +128,7 @@ class Routing:
                 row = torch.arange(number * most)
                 row_of_batch, expert, within = row.view(number, most), self.experts, row % most
             else:
-                expert, within = self.experts, self._within
+                expert, within = self.experts, self._within()
                 row_of_batch = torch.zeros(number, most, dtype=torch.int64)  # any row where there is none
                 row_of_batch[expert, within] = torch.arange(len(expert))
             places = (expert * k * most + within).unsqueeze(1) + block * most
@@ -157,9 +147,14 @@ def product(
     x = x.to(weights.dtype)
     if routing.is_even:
         return torch.bmm(x.view(routing.number, routing.most, -1), weights).flatten(0, 1)
-    if weights.dtype == torch.float64:  # which torch's own does not take
+    if weights.dtype == torch.float64 or not (_is_aligned(x) and _is_aligned(weights)):
         return torch.ops.transformers.grouped_mm_fallback(x, weights, routing.stops)
     return moe._grouped_mm(x, weights, routing.stops)
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    """Return whether torch's grouped product takes the strides of a tensor."""
+    return all(stride == 1 or stride * tensor.itemsize % 16 == 0 for stride in tensor.stride())
 
 
 def add_update(

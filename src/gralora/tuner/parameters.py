@@ -107,7 +107,10 @@ class ParameterLayer(GraloraLayer):
                 "`adapter_names`, a different adapter for each row of a batch, cannot be used yet."
             )
         base = self.get_base_layer()
-        applied = {layer: names for layer in self.nest().values() if (names := layer._applied_adapters())}
+        applied: dict[GraloraLayer, list[str]] = {}
+        for layer in self.nest().values():
+            if names := layer._applied_adapters():
+                applied[layer] = names
         if not applied:
             return base(*args, **kwargs)
         return call_with_hooks(base, self.adapted_forward(base, applied), args, kwargs)
