@@ -63,7 +63,7 @@ class Routing:
         self.batches = self.has_few_rows = self.is_even = False
         if device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed():
             self.most = int(self._counts.max())
-            self.batches = number * self.most <= _PADDING * len(order)
+            self.batches = 0 < number * self.most <= _PADDING * len(order)
             self.has_few_rows = self.batches and self.most <= FEW_TOKENS
             self.is_even = self.has_few_rows and number * self.most <= _PADDING_OF_WEIGHTS * len(order)
         if self.is_even:
@@ -215,7 +215,7 @@ class _BatchedUpdate(torch.autograd.Function):
         routing: Routing,
         is_of_tokens: bool,
     ) -> Tensor:
-        middle = _exchange(routing.to_batch(x, A.shape[1], is_of_tokens, dtype) @ A.to(dtype)).mul_(scale)
+        middle = _middle(x, A, scale, dtype, routing, is_of_tokens)
         y.add_(routing.from_batch((middle @ B.to(dtype)).to(y.dtype)))
         ctx.mark_dirty(y)
         ctx.save_for_backward(x, A, B, middle)
@@ -228,6 +228,8 @@ class _BatchedUpdate(torch.autograd.Function):
         scale, dtype, routing, is_of_tokens = ctx.settings
         _, need_x, need_A, need_B, *_ = ctx.needs_input_grad
         k = A.shape[1]
+        if torch.is_grad_enabled():  # for second derivatives, which the kept one does not carry
+            middle = _middle(x, A, scale, dtype, routing, is_of_tokens)
         g_batch = routing.zero_batch(g, k, dtype)
         grad_x = grad_A = grad_B = None
         if need_B:
@@ -240,6 +242,11 @@ class _BatchedUpdate(torch.autograd.Function):
                 batch = g_middle @ A.to(dtype).mT
                 grad_x = (routing.sum_by_token(batch) if is_of_tokens else routing.from_batch(batch)).to(x.dtype)
         return g, grad_x, grad_A, grad_B, None, None, None, None
+
+
+def _middle(x: Tensor, A: Tensor, scale: float, dtype: torch.dtype, routing: Routing, is_of_tokens: bool) -> Tensor:
+    """Return the scaled middle tensor `[experts, k, most, r]`, exchanged."""
+    return _exchange(routing.to_batch(x, A.shape[1], is_of_tokens, dtype) @ A.to(dtype)) * scale
 
 
 def _exchange(middle: Tensor) -> Tensor:
