@@ -135,9 +135,15 @@ def test_patterns():
     assert (q.scaling["default"], v.scaling["default"]) == (64 / 16, 1 / 8)
 
 
-def test_unmatched_rank_pattern_is_named():
-    with pytest.warns(RuntimeWarning, match=r"rank_pattern keys did not match.*nothing"):
-        get_peft_model(tiny_llama(), config(rank_pattern={"nothing": 16}))
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern", "k_pattern"])
+def test_a_key_of_a_pattern_that_matches_nothing_is_named(field):
+    with pytest.warns(UserWarning, match=f"`{field}` has keys that match no target: 'nothing'"):
+        get_peft_model(tiny_llama(), config(**{field: {"nothing": 16}}))
+
+
+def test_an_exclusion_of_nothing_is_named():
+    with pytest.warns(UserWarning, match=r"`exclude_modules=\{'nothing'\}` excludes nothing"):
+        get_peft_model(tiny_llama(), config(exclude_modules=["nothing"]))
 
 
 def test_rank_and_parameter_count_are_those_of_lora():

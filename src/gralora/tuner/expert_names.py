@@ -43,8 +43,11 @@ def rewrite_targets(config: GraloraConfig, model: nn.Module, model_type: str | N
         for target in asked:
             if (old := target.rpartition(".")[2]) in renamed:
                 found.setdefault(renamed[old], set()).add(old)
-    names = [name for name, _ in model.named_modules()]
-    found = {new: old for new, old in found.items() if _is_parameter(model, names, new, stacks)}
+    modules = dict(model.named_modules())
+    names = [name for name, module in modules.items() if not _is_router(module)]
+    routers = modules.keys() - set(names)
+    parameters = {*stacks, *(f"{router}.weight" for router in routers)}
+    found = {new: old for new, old in found.items() if any(p.endswith(f".{new}") for p in parameters)}
     if not found:
         return
     for new, parts in conversion._MOE_FUSED_TARGETS[base_type].items():
@@ -66,13 +69,9 @@ def rewrite_targets(config: GraloraConfig, model: nn.Module, model_type: str | N
         config.target_modules = set()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _is_parameter(model: nn.Module, names: list[str], new: str, stacks: set[str]) -> bool:
-    """Return whether `new`, a stack of experts or the router's `gate.weight`, is a parameter and no linear layer's."""
-    if any(stack.endswith(f".{new}") for stack in stacks):
-        return True
-    owner = new.rpartition(".")[0]
-    routers = [model.get_submodule(name) for name in names if owner and name.endswith(f".{owner}")]
-    return any("weight" in router._parameters and not isinstance(router, nn.Linear) for router in routers)
+def _is_router(module: nn.Module) -> bool:
+    """Return whether a module has a weight and is no linear layer, as the routers of transformers 5."""
+    return "weight" in module._parameters and not isinstance(module, nn.Linear)
 
 
 def parameters_to_name(model: nn.Module) -> list[str]:

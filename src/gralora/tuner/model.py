@@ -78,7 +78,10 @@ class GraloraModel(BaseTuner):
                 for target in found:
                     self._targets.setdefault(id(target.module), []).append(target)
                 new = [target for target in found if target.layer is None]
-                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+                if state_dict is None:
+                    targets.warn_of_unused_settings(config, found, places, model)
+                with _without_warnings_of_unused_settings():
+                    super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             layers = {name: layer for name, layer in gralora_layers(model).items() if layer.has_adapter(adapter_name)}
             config.layer_kinds = {name: record for name, layer in layers.items() if (record := layer.record())} or None
             self._mark_shared_weights()
@@ -369,6 +372,15 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     finally:
         for layer, scaling in zip(layers, before, strict=True):
             layer.scaling.update(scaling)
+
+
+@contextmanager
+def _without_warnings_of_unused_settings() -> Iterator[None]:
+    """Silence PEFT's warnings of settings that match no module: those of parameters match none."""
+    with warnings.catch_warnings():
+        for message in ("The following (rank|alpha)_pattern keys", "You have passed exclude_modules="):
+            warnings.filterwarnings("ignore", message)
+        yield
 
 
 @contextmanager

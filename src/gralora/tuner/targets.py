@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -100,10 +101,11 @@ class Target:
     @property
     def name(self) -> str:
         """The name that PEFT knows; of a parameter, with its own name."""
-        return self._names[0]
+        return self.names[0]
 
     @property
-    def _names(self) -> list[str]:
+    def names(self) -> list[str]:
+        """All names, of all places."""
         parameter = self.kind is not None and issubclass(self.kind, ParameterLayer)
         return [f"{name}.{self.parameter_name}" if parameter else name for name, _ in self.places]
 
@@ -128,9 +130,9 @@ class Target:
         Raises:
             ValueError: They do not.
         """
-        settings = {config.settings_for(name) for name in self._names}
+        settings = {config.settings_for(name) for name in self.names}
         if len(settings) > 1:
-            names = ", ".join(map(repr, self._names))
+            names = ", ".join(map(repr, self.names))
             raise ValueError(
                 "a module has one adapter, and `rank_pattern`, `alpha_pattern` and `k_pattern` give different values "
                 f"to its names {names}. Write keys that match all of them."
@@ -391,6 +393,22 @@ def warn_of_unmatched_names(asked: set[str], places: Places, config: GraloraConf
         hints.append(f"{target!r}" + (f" (nearest: {', '.join(map(repr, near))})" if near else ""))
     experts = f" The experts of this model are parameters: `target_parameters={stacks}` adapts them." if stacks else ""
     warnings.warn(f"`target_modules` names that match no module: {'; '.join(hints)}.{experts}", stacklevel=2)
+
+
+def warn_of_unused_settings(config: GraloraConfig, found: list[Target], places: Places, model: nn.Module) -> None:
+    """Warn of patterns that match no target, and of exclusions that exclude nothing."""
+    for field in ("rank_pattern", "alpha_pattern", "k_pattern"):
+        unused = sorted(
+            key
+            for key in getattr(config, field) or ()
+            if not any(re.match(rf"(.*\.)?({key})$", name) for target in found for name in target.names)
+        )
+        if unused:
+            warnings.warn(f"`{field}` has keys that match no target: {', '.join(map(repr, unused))}.", stacklevel=3)
+    names = (*places.names_without([]), *(name for name, _ in model.named_parameters()))
+    excludes = any(isinstance(check_target_module_exists(config, name), _ExcludedModule) for name in names)
+    if config.exclude_modules and not excludes:
+        warnings.warn(f"`exclude_modules={config.exclude_modules!r}` excludes nothing.", stacklevel=3)
 
 
 def announce_unmergeable(targets: Iterable[Target]) -> None:
