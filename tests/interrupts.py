@@ -4,18 +4,22 @@ import sys
 
 import gralora.tuner.layer
 import gralora.tuner.mergeable
+import gralora.tuner.merging.dense
 import gralora.tuner.merging.dense_update
 import gralora.tuner.merging.merge
 import gralora.tuner.merging.quantised
 import gralora.tuner.merging.records
 import gralora.tuner.merging.rows
 import gralora.tuner.merging.sharing
+import gralora.tuner.merging.stack
 import gralora.tuner.merging.weight
 import gralora.tuner.model
 import gralora.tuner.numerics
 
 ROOMS = [
     gralora.tuner.merging.merge,
+    gralora.tuner.merging.dense,
+    gralora.tuner.merging.stack,
     gralora.tuner.merging.dense_update,
     gralora.tuner.layer,
     gralora.tuner.mergeable,
