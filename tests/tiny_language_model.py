@@ -4,7 +4,7 @@ import json
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -49,9 +49,17 @@ def make_config():
     )
 
 
-def save_model(folder):
+def save_mixture(folder):
+    """A Mixtral with four experts in each of its two layers."""
+    shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    shared += ("num_key_value_heads", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")
+    sizes = {name: getattr(make_config(), name) for name in shared}
+    return save_model(folder, MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2)))
+
+
+def save_model(folder, model=None):
     torch.manual_seed(7)
-    LlamaForCausalLM(make_config()).save_pretrained(folder)
+    (model or LlamaForCausalLM(make_config())).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return str(folder)
 

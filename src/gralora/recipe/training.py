@@ -28,7 +28,7 @@ from gralora.recipe.run_folder import RunFolder, explaining_full_disk, write_jso
 from gralora.recipe.scoring import Score, score_exact_match
 from gralora.recipe.steps import StepCallback
 from gralora.recipe.tasks import support_rows
-from gralora.tuner.layer import gralora_layers
+from gralora.tuner.layer import GraloraLayer, gralora_layers
 
 
 def train(options: TrainingOptions, reporter: Reporter | None = None) -> TrainingResult:
@@ -203,9 +203,9 @@ class _Run:
         trainable, everything = self.model.get_nb_trainable_parameters()
         return RunSummary(
             model=options.model,
-            dtype=dtype_name(next(iter(layers.values())).get_base_layer().weight.dtype),
+            dtype=dtype_name(self.model.get_base_model().dtype),
             device=str(self.trainer.args.device),
-            targets=dict(Counter(name.rpartition(".")[2] for name in layers)),
+            targets=dict(Counter(_target_name(name, layer) for name, layer in layers.items())),
             trainable_parameters=trainable,
             all_parameters=everything,
             r=options.r,
@@ -298,3 +298,12 @@ def _read_rows(options: TrainingOptions) -> tuple[list[Row], list[Row]]:
     else:
         train_rows, eval_rows = read_rows(options.data), []
     return train_rows, read_rows(options.eval, "eval") if options.eval else eval_rows
+
+
+def _target_name(name: str, layer: GraloraLayer) -> str:
+    """Return the last part of the name of an adapted weight; of a stack, with the module and the number of experts.
+
+    Example: "experts.down_proj (8 experts each)".
+    """
+    parts = layer.weight_name(name).split(".")
+    return f"{'.'.join(parts[-2:])} ({layer.experts[0]} experts each)" if layer.experts else parts[-1]

@@ -109,6 +109,10 @@ class GraloraLayer(MergeableLayer):
         """Give `factors` their starting values, in place."""
         STARTS[init_weights](factors)
 
+    def weight_name(self, name: str) -> str:
+        """Return the name of the adapted weight, given the full name of this layer: that of a parameter has its own."""
+        return name
+
     def nest(self) -> "dict[str, GraloraLayer]":
         """Return the layers of all adapted weights of the base by their names, the outermost first."""
         return {self.parameter_name: self}

@@ -77,6 +77,12 @@ class ParameterLayer(GraloraLayer):
         transposed = is_transposed(self.get_base_layer(), self.parameter_name)
         return {"kind": "parameter", "parameter": self.parameter_name} | ({"transposed": True} if transposed else {})
 
+    def weight_name(self, name: str) -> str:
+        """Return the name of the module and of the parameter."""
+        while name.endswith(".base_layer"):
+            name = name.removesuffix(".base_layer")
+        return f"{name}.{self.parameter_name}"
+
     def nest(self) -> dict[str, GraloraLayer]:
         """Return the layers of all adapted parameters of the module by their names; this one is first."""
         found: dict[str, GraloraLayer] = {}
