@@ -197,20 +197,25 @@ class GraloraConfig(PeftConfig):
         known = {f.name: copy.deepcopy(getattr(config, f.name)) for f in fields(cls) if hasattr(config, f.name)}
         return cls(**known)
 
-    def settings_for(self, module_name: str) -> LayerSettings:
-        """Return the settings of the layer called `module_name`.
+    def settings_for(self, name: str, module_name: str | None = None) -> LayerSettings:
+        """Return the settings of the layer on the weight called `name`.
+
+        Args:
+            name: Full name of a module, or of a parameter.
+            module_name: Full name of the parameter's module, which the patterns may mean as well.
 
         Raises:
             ValueError: The patterns give that layer a `gralora_k` that does not divide its `r`.
         """
 
         def value_of(patterns: dict[str, Any] | None, default: Any) -> Any:
-            return (patterns or {}).get(get_pattern_key(list(patterns or {}), module_name), default)
+            keys = [get_pattern_key(list(patterns or {}), meant) for meant in (name, module_name) if meant]
+            return next(((patterns or {})[key] for key in keys if key in (patterns or {})), default)
 
         r, k = value_of(self.rank_pattern, self.r), value_of(self.k_pattern, self.gralora_k)
         if r % k:
             raise ValueError(
-                f"`gralora_k` must divide `r`; got gralora_k={k} with r={r} at {module_name!r}. "
+                f"`gralora_k` must divide `r`; got gralora_k={k} with r={r} at {name!r}. "
                 f"Change `rank_pattern` or `k_pattern` for it. Values that fit: {_divisors(r)}."
             )
         return LayerSettings(

@@ -130,7 +130,8 @@ class Target:
         Raises:
             ValueError: They do not.
         """
-        settings = {config.settings_for(name) for name in self.names}
+        modules = (name for name, _ in self.places)
+        settings = {config.settings_for(*names) for names in zip(self.names, modules, strict=True)}
         if len(settings) > 1:
             names = ", ".join(map(repr, self.names))
             raise ValueError(
@@ -178,7 +179,11 @@ class Target:
     def attention_refusal(self) -> str | None:
         """Return why an adapter would do nothing inside PyTorch's attention, or None."""
         if any(isinstance(parent, nn.MultiheadAttention) for parent in self.parents):
-            return "nn.MultiheadAttention reads this layer's weight instead of calling it."
+            attention = self.places[0][0].rpartition(".")[0]
+            return (
+                "nn.MultiheadAttention reads this layer's weight instead of calling it. Adapt the attention as a "
+                f"whole: name {attention!r} in `target_modules`."
+            )
         return None
 
     def reader_refusal(self, model_type: str | None) -> str | None:
@@ -397,16 +402,17 @@ def warn_of_unmatched_names(asked: set[str], places: Places, config: GraloraConf
 
 def warn_of_unused_settings(config: GraloraConfig, found: list[Target], places: Places, model: nn.Module) -> None:
     """Warn of patterns that match no target, and of exclusions that exclude nothing."""
+    names = {name for target in found for name in (*target.names, *(place for place, _ in target.places))}
     for field in ("rank_pattern", "alpha_pattern", "k_pattern"):
         unused = sorted(
             key
             for key in getattr(config, field) or ()
-            if not any(re.match(rf"(.*\.)?({key})$", name) for target in found for name in target.names)
+            if not any(re.match(rf"(.*\.)?({key})$", name) for name in names)
         )
         if unused:
             warnings.warn(f"`{field}` has keys that match no target: {', '.join(map(repr, unused))}.", stacklevel=3)
-    names = (*places.names_without([]), *(name for name, _ in model.named_parameters()))
-    excludes = any(isinstance(check_target_module_exists(config, name), _ExcludedModule) for name in names)
+    everything = (*places.names_without([]), *(name for name, _ in model.named_parameters()))
+    excludes = any(isinstance(check_target_module_exists(config, name), _ExcludedModule) for name in everything)
     if config.exclude_modules and not excludes:
         warnings.warn(f"`exclude_modules={config.exclude_modules!r}` excludes nothing.", stacklevel=3)
 
