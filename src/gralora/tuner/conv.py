@@ -1,8 +1,9 @@
-"""GraLoRA on convolutions without groups: the blocks are blocks of channels.
+"""GraLoRA on convolutions: the blocks are blocks of channels.
 
-The weight `[out, in, *kernel]`, flattened to `[out, in * prod(kernel)]`, is channel-major, so a block of its
-columns is a block of input channels with the whole kernel. The update is then two convolutions: with `k` groups
-from the channel blocks to the rank, and with `k` groups and a kernel of one from the rank to the output blocks.
+The weight `[out, in / groups, *kernel]`, flattened to `[out, in / groups * prod(kernel)]`, is channel-major, so a block
+of its columns is a block of input channels with the whole kernel. Without groups the update is then two convolutions:
+with `k` groups from the channel blocks to the rank, and with `k` groups and a kernel of one from the rank to the output
+blocks. With groups it is the convolution by ΔW, which costs as much as the base.
 """
 
 import math
@@ -23,9 +24,9 @@ _FUNCTIONS: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}  # by the d
 
 
 class Conv(GraloraLayer):
-    """GraLoRA on `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` without groups.
+    """GraLoRA on `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d`.
 
-    Parameters as LoRA's at rank r: `gralora_A` is `[k, in/k * prod(kernel), r]`, `gralora_B` is `[k, r, out/k]`.
+    Parameters as LoRA's at rank r: `gralora_A` is `[k, in/groups/k * prod(kernel), r]`, `gralora_B` is `[k, r, out/k]`.
     """
 
     noun = "convolutions (nn.Conv1d, nn.Conv2d, nn.Conv3d)"
@@ -38,8 +39,11 @@ class Conv(GraloraLayer):
     @classmethod
     def refusal(cls, base: Any) -> str | None:
         """Return why a convolution cannot be adapted, or None."""
-        if base.groups > 1:
-            return f"a convolution must have groups=1; got groups={base.groups}."
+        if base.in_channels == base.groups > 1:
+            return (
+                "a convolution must see more than one channel in each output; got a depthwise one, whose weight is "
+                f"small: groups={base.groups}. Train it whole, by `modules_to_save`."
+            )
         own = type(base).forward, type(base)._conv_forward
         if own not in {(kind.forward, kind._conv_forward) for kind in _CONVOLUTIONS}:
             return f"a convolution must have PyTorch's own `forward`; {type(base).__name__} has another one."
@@ -47,33 +51,37 @@ class Conv(GraloraLayer):
 
     @classmethod
     def features(cls, base: Any, parameter_name: str = "weight") -> tuple[int, int]:
-        """Return the widths of the weight as a matrix `[out, in * prod(kernel)]`."""
-        return base.in_channels * math.prod(base.kernel_size), base.out_channels
+        """Return the widths of the weight as a matrix `[out, in / groups * prod(kernel)]`."""
+        return base.in_channels // base.groups * math.prod(base.kernel_size), base.out_channels
 
     def weight_ref(self) -> WeightRef:
-        """Return where the weight is; as a matrix it is `[out, in * prod(kernel)]`."""
+        """Return where the weight is; as a matrix it is `[out, in / groups * prod(kernel)]`."""
         base: Any = self.get_base_layer()
         stored = partial(torch.unflatten, dim=1, sizes=(-1, *base.kernel_size))
         return WeightRef(base, matrix=partial(torch.flatten, start_dim=1), stored=stored)
 
     def record(self) -> dict[str, Any]:
-        """Return the shape of the base weight, `[out, in, *kernel]`."""
+        """Return the shape of the base weight, `[out, in / groups, *kernel]`, and the groups where there are any."""
         base: Any = self.get_base_layer()
-        return {"kind": "conv", "shape": [base.out_channels, base.in_channels // base.groups, *base.kernel_size]}
+        shape = [base.out_channels, base.in_channels // base.groups, *base.kernel_size]
+        return {"kind": "conv", "shape": shape} | ({"groups": base.groups} if base.groups > 1 else {})
 
     def update(self, x: Tensor, factors: blocks.Factors) -> Tensor:
         """Return the adapter's output `[batch, out, *spatial]`, without `batch` where `x` has none."""
         base: Any = self.get_base_layer()
+        if base.groups > 1:
+            # LoRA's convolution with groups sees all channels, so it is no update of this weight and cannot be merged.
+            return _convolve(base, x, blocks.update_matrix(factors), base.groups)
         A, B, A_general, B_general = factors
         k = factors.k
         if base.in_channels % k:  # a block may end inside a channel: compute the update as plain LoRA then
             lora_A, lora_B = blocks.lora_factors(factors)
-            return _pointwise(base, _convolve(base, x, lora_A, groups=1), lora_B, groups=1)
-        middle = _exchange(_convolve(base, x, A.mT.flatten(0, 1), groups=k), k, -1 - len(base.kernel_size))
+            return _pointwise(base, _convolve(base, x, lora_A, 1), lora_B, groups=1)
+        middle = _exchange(_convolve(base, x, A.mT.flatten(0, 1), k), k, -1 - len(base.kernel_size))
         update = _pointwise(base, middle, B.mT.flatten(0, 1), groups=k)
         if A_general is None or B_general is None:
             return update
-        return update + _pointwise(base, _convolve(base, x, A_general, groups=1), B_general, groups=1)
+        return update + _pointwise(base, _convolve(base, x, A_general, 1), B_general, groups=1)
 
 
 def _convolve(base: Any, x: Tensor, rows: Tensor, groups: int) -> Tensor:
