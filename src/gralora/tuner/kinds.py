@@ -5,12 +5,13 @@ from torch import nn
 
 from gralora.tuner.attention import Attention
 from gralora.tuner.conv import Conv
+from gralora.tuner.embedding import Embedding
 from gralora.tuner.experts import Experts
 from gralora.tuner.layer import GraloraLayer
 from gralora.tuner.linear import Conv1D, Linear
 from gralora.tuner.parameters import ParameterLayer
 
-KINDS: tuple[type[GraloraLayer], ...] = (Linear, Conv1D, Conv, Attention)
+KINDS: tuple[type[GraloraLayer], ...] = (Linear, Conv1D, Conv, Embedding, Attention)
 
 
 def kind_for(base: nn.Module, backend: QuantizationBackend | None) -> type[GraloraLayer] | None:

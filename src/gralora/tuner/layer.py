@@ -25,9 +25,9 @@ class GraloraLayer(MergeableLayer):
     It holds its base and is no `nn.Linear` itself: tools that swap linears by type find the base.
 
     What differs between kinds of layers is in the hooks that a subclass overrides: `noun`, `can_be_sliced`,
-    `pads_inputs`, `covers`, `refusal`, `parameters`, `features`, `weight_ref`, `record` and `update`; `compute_dtype`
-    and `inputs`, where `update` does not take x itself; `fill`, where adapters start otherwise; `add` and `fused`,
-    where the kind has a faster way.
+    `pads_inputs`, `covers`, `refusal`, `parameters_of`, `features`, `weight_ref`, `record` and `update`;
+    `compute_dtype` and `inputs`, where `update` does not take x itself; `prepared`, where it does not take all factors
+    in one dtype; `fill`, where adapters start otherwise; `add` and `fused`, where the kind has a faster way.
 
     Attributes:
         gralora_A: Adapter name to parameter `[k, n, r]`.
@@ -121,6 +121,12 @@ class GraloraLayer(MergeableLayer):
         """Return the dtype in which the base layer computes on `x`."""
         return compute_dtype(x)
 
+    def prepared(
+        self, factors: blocks.Factors, adapter_name: str, dtype: torch.dtype, device: torch.device
+    ) -> blocks.Factors:
+        """Return the stored `factors` as `update` takes them: B and B_general times the scale, all in `dtype`."""
+        return factors.scaled(self.scaling[adapter_name], dtype, device)
+
     def inputs(self, x: Tensor, adapter_name: str, dtype: torch.dtype) -> Tensor:
         """Return what `update` gets of `x`: after dropout, in `dtype`."""
         return self.gralora_dropout[adapter_name](x).to(dtype)
@@ -130,7 +136,7 @@ class GraloraLayer(MergeableLayer):
 
         Args:
             x: Input after dropout, in the compute dtype.
-            factors: Factors in the same dtype; B and B_general are already multiplied by the scale.
+            factors: Factors as `prepared` returns them.
         """
         raise NotImplementedError
 
@@ -193,7 +199,7 @@ class GraloraLayer(MergeableLayer):
             )
         # Small tensors follow the big ones: the factors go to the compute dtype; x goes up in float16 alone.
         dtype = update_dtype(self.compute_dtype(x), factors)
-        scaled = factors.scaled(self.scaling[adapter_name], dtype, x.device)
+        scaled = self.prepared(factors, adapter_name, dtype, x.device)
         inputs = self.inputs(x, adapter_name, dtype)
         with without_autocast(x):
             return self.add(result, inputs, scaled)

@@ -323,6 +323,8 @@ class GraloraModel(BaseTuner):
         tensors = saving.adapter_tensors(model, config.bias, adapter_name, state_dict)
         # What else is saved, PEFT takes out of `state_dict` after this.
         state_dict |= saving.extra_tensors(model, state_dict)
+        for key in saving.frozen_embedding_keys(model, config.base_model_name_or_path):
+            state_dict.pop(key, None)
         return tensors
 
     @classmethod

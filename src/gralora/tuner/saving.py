@@ -1,5 +1,6 @@
 """The tensors of an adapter that is saved, whole also where FSDP or DeepSpeed's ZeRO-3 have sharded them."""
 
+import os
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -57,6 +58,35 @@ def extra_tensors(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, 
         if isinstance(module, AuxiliaryTrainingWrapper) or any(module is embedding for embedding in beside)
     )
     return gathered(model, {key: tensor for key, tensor in state_dict.items() if key.startswith(others)})
+
+
+def frozen_embedding_keys(model: nn.Module, base_model: str | None) -> list[str]:
+    """Return the keys of base embeddings with adapters that need not be saved, though PEFT would.
+
+    Those whose weight was neither trained nor resized since it was loaded.
+
+    Args:
+        model: Model with the adapter.
+        base_model: Name or folder of the base model.
+    """
+    adapted = [layer for layer in _embeddings(model) if isinstance(layer, GraloraLayer)]
+    frozen = [layer for layer in adapted if not any(p.requires_grad for p in layer.get_base_layer().parameters())]
+    if not frozen or _was_resized(model, base_model):
+        return []
+    return [
+        f"{plain_name(name)}.base_layer.weight"
+        for name, module in model.named_modules()
+        if any(module is layer for layer in frozen)
+    ]
+
+
+def _was_resized(model: nn.Module, base_model: str | None) -> bool:
+    """Return whether the vocabulary has another size than that of the base model, if that is at hand."""
+    config: Any = getattr(model, "config", None)
+    size = getattr(config, "vocab_size", None)
+    if size is None or not base_model or not os.path.isfile(os.path.join(base_model, "config.json")):
+        return False
+    return size != type(config).from_pretrained(base_model).vocab_size
 
 
 def _embeddings(model: nn.Module) -> list[nn.Module]:

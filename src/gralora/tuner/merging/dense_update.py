@@ -44,7 +44,9 @@ def delta(
     first, *rest = parts
     total = blocks.dense(first.factors.to(dtype), first.scale, start, stop, out)
     for part in rest:
-        total += blocks.dense(part.factors.to(dtype), part.scale, start, stop)
+        update = blocks.dense(part.factors.to(dtype), part.scale, start, stop)
+        width = min(total.shape[1], update.shape[1])  # a last block may reach beyond the matrix
+        total = total[:, :width].add_(update[:, :width])
     return total
 
 
