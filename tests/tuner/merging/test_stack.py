@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import assert_same_bits, weights_of
 from interrupts import interrupted_at
+from test_interrupts import precision
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -82,6 +83,7 @@ def test_the_way_back_is_smaller_than_the_stack():
 def test_an_interrupt_between_any_two_lines(verb, one_thread):
     model, layer = adapted()
     original, merged, number = layer.weight_ref().parameter.detach().clone(), merged_stack(layer), 1
+    settings = precision()
     while True:
         if verb == "unmerge" and not layer.merged:
             model.merge_adapter()
@@ -89,7 +91,8 @@ def test_an_interrupt_between_any_two_lines(verb, one_thread):
             break
         assert verb == "unmerge" or not layer.merged
         assert torch.equal(layer.weight_ref().parameter, merged if layer.merged else original), number
-        number += 3
+        assert precision() == settings, number
+        number += 1
     assert number > 300
     if layer.merged:
         model.unmerge_adapter()
@@ -99,7 +102,9 @@ def test_an_interrupt_between_any_two_lines(verb, one_thread):
 def test_a_final_merge_that_is_interrupted_is_undone(one_thread):
     _, layer = adapted()
     original, merged, number = layer.weight_ref().parameter.detach().clone(), merged_stack(layer), 1
+    settings = precision()
     while interrupted_at(number, lambda: layer.merge(keep_base=False)):
+        assert precision() == settings, number
         assert torch.equal(layer.weight_ref().parameter, merged if layer.merged else original), number
         if layer.merged:  # the last lines
             break
@@ -150,13 +155,14 @@ def test_several_merges_come_off_in_one_undo_and_after_an_interrupt(one_thread):
     model, layer = adapted()
     model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
     model.base_model.set_adapter(["default", "second"])
-    original, number = layer.weight_ref().parameter.detach().clone(), 1
+    original, number, settings = layer.weight_ref().parameter.detach().clone(), 1, precision()
     while True:
         for name in ("default", "second"):
             if name not in layer.merged_adapters:
                 layer.merge(adapter_names=[name])
         if not interrupted_at(number, layer.unmerge):
             break
+        assert precision() == settings, number
         assert layer.merged_adapters in ([], ["default", "second"])
         if layer.merged:
             layer.unmerge()

@@ -59,8 +59,7 @@ class StackState:
             return
         while self._done < (self.ref.experts or 0):
             if self._next is None or self._next[0] != self._done:
-                with pinned_numerics():
-                    self._next = self._done, self.recover(self._done)
+                self._next = self._done, self.recover(self._done)
             self._next[1].put_back(layer)
             self._done += 1
 
