@@ -45,7 +45,7 @@ def test_without_a_base_there_is_no_relative_norm(adapter_folder):
 def test_block_norms_are_those_of_the_blocks():
     f = random_factors(k=3, n=4, m=5)
     dense = oracle.dense(*f, 0.5)
-    norms = block_norms(f, 0.5)
+    norms = block_norms([f], 0.5)
     for i in range(3):
         for j in range(3):
             block = dense[5 * i : 5 * i + 5, 4 * j : 4 * j + 4]

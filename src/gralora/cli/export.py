@@ -30,6 +30,10 @@ def export(
     component: Annotated[
         str | None, option("Component of a diffusers pipeline: unet, transformer or a text encoder.")
     ] = None,
+    experts: Annotated[
+        str,
+        option("stacked, as PEFT writes target_parameters, or per-expert, a layer for each expert.", default="stacked"),
+    ] = "stacked",
     overwrite: Annotated[bool, option("Replace an export at OUTPUT.", "--overwrite")] = False,
 ) -> None:
     """Write an adapter as LoRA, for vLLM, SGLang, llama.cpp, diffusers and others.
@@ -45,6 +49,7 @@ def export(
         max_error=max_error,
         per_layer=per_layer,
         target=target,
+        experts=experts,
     )
     if target not in chosen.targets:
         raise ValueError(f"`target` must be {' or '.join(chosen.targets)} for {format}; got target={target!r}.")
@@ -58,9 +63,11 @@ def export(
     print(f"wrote {output}: LoRA of rank {written.rank} on {len(written.layers)} modules")
     if chosen.engines and target == "serving":
         base = base or written.config["base_model_name_or_path"] or "BASE"
-        engines = chosen.engines(written.rank, base, name or Path(output).name, output)
+        engines = chosen.engines(written.rank, base, name or Path(output).name, output, written.experts)
         for engine in engines:
             print(f"  {engine.name:10} {engine.command or f'cannot serve it: {engine.reason}'}")
+            if engine.note:
+                print(f"  {'':10} {engine.note}")
         if not all(engine.command for engine in engines):
             print(
                 f"  ways out: --max-rank {VLLM_RANKS[-1]} compresses the adapter; `gralora merge` merges it into the "
@@ -71,16 +78,15 @@ def export(
 def _print_errors(written: LoraExport) -> None:
     compressed = [layer for layer in written.layers if layer.kept < layer.rank]
     if compressed:
-        width = max(len(layer.name) for layer in compressed)
+        width = max(len(layer.weight) for layer in compressed)
         for layer in compressed:
-            print(
-                f"  {layer.name:{width}}  rank {layer.rank} -> {layer.kept}  relative error {layer.relative_error:.3e}"
-            )
+            ranks = f"rank {layer.rank} -> {layer.kept}"
+            print(f"  {layer.weight:{width}}  {ranks}  relative error {layer.relative_error:.3e}")
         print(f"compressed: relative error {written.relative_error:.3e} of the whole")
     worst = written.worst
     if worst and worst.measured:
         relative = max(layer.measured.relative for layer in written.layers if layer.measured)
         print(
-            f"read back: largest difference {worst.measured.largest:.2e}, at {worst.name}; largest relative error of a "
-            f"layer {relative:.2e}"
+            f"read back: largest difference {worst.measured.largest:.2e}, at {worst.weight}; largest relative error "
+            f"of a layer {relative:.2e}"
         )

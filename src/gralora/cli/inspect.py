@@ -45,7 +45,7 @@ def _print_table(report: Report) -> None:
         table.add_column(heading, justify="right")
     for entry in report.layers:
         table.add_row(
-            entry.target,
+            f"{entry.target} ({entry.experts} experts)" if entry.experts else entry.target,
             f"{entry.r}+{entry.hybrid_r}" if entry.hybrid_r else str(entry.r),
             str(entry.k),
             f"{entry.scale:g}",

@@ -8,20 +8,23 @@ conversion copies values. Programs ask for one rank for all layers, one integer 
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from gralora.checks import DTYPES, is_number, require_integer
+from gralora.export import layouts
+from gralora.export.layouts import Experts, Pair, assemble
 from gralora.export.lora_config import common_alpha, lora_config
 from gralora.export.rank import common_rank
 from gralora.export.verify import LayerError
 from gralora.files.adapter_folder import AdapterFolder
 from gralora.files.checkpoint import AdaptedLayer, Adapter
-from gralora.files.names import LORA_FACTORS, key_of
+from gralora.files.names import PREFIX
 from gralora.tuner import blocks, svd
+from gralora.tuner.blocks import Factors
 from gralora.tuner.numerics import threads_for
 
 
@@ -36,6 +39,7 @@ class LoraOptions:
         per_layer: Apply `max_error` to every layer instead of to the model as a whole.
         target: "serving" refuses what only PEFT's LoRA can carry over: trained biases, modules and tokens.
         bake_scale: Fold the scale into B even where `lora_alpha` could state it.
+        experts: "stacked" writes PEFT's layout of `target_parameters`; "per-expert" a linear layer for each expert.
 
     Raises:
         ValueError: A value breaks its rule.
@@ -47,6 +51,7 @@ class LoraOptions:
     per_layer: bool = False
     target: Literal["serving", "peft"] = "serving"
     bake_scale: bool = False
+    experts: Experts = "stacked"
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, *DTYPES.values()):
@@ -59,6 +64,10 @@ class LoraOptions:
             raise ValueError("`per_layer` must come with `max_error`.")
         if self.target not in ("serving", "peft"):
             raise ValueError(f"`target` must be 'serving' or 'peft'; got target={self.target!r}.")
+        if self.experts not in ("stacked", "per-expert"):
+            raise ValueError(f"`experts` must be 'stacked' or 'per-expert'; got experts={self.experts!r}.")
+        if self.experts == "per-expert" and self.target == "peft":
+            raise ValueError("`experts` must be 'stacked' for target='peft': PEFT knows no experts of their own.")
 
 
 @dataclass(frozen=True)
@@ -66,14 +75,16 @@ class ExportedLayer:
     """The result for one layer.
 
     Attributes:
-        name: Name of the module in the base model.
+        name: Name of the layer in the adapter's file.
+        weight: Name of the adapted weight.
         rank: Rank of the exact LoRA, `k·r + hybrid_r`.
-        kept: Number of rows of `lora_A` that are not padding.
+        kept: Number of rows of `lora_A` that are not padding; of a stack, the most that an expert has.
         relative_error: Frobenius norm of what compression cut off, relative to that of ΔW; 0 for a copy.
         measured: Error found by reading the written file back; None before that.
     """
 
     name: str
+    weight: str
     rank: int
     kept: int
     relative_error: float
@@ -88,12 +99,14 @@ class LoraExport(AdapterFolder):
         rank: Rank of every layer.
         layers: The result for each layer.
         relative_error: Frobenius norm of what compression cut off in the whole model, relative to that of ΔW.
+        experts: How stacks of experts are written; None where there are none.
         path: Folder or file that was written; None before that.
     """
 
     rank: int
     layers: tuple[ExportedLayer, ...]
     relative_error: float
+    experts: Experts | None = None
     path: Path | None = None
 
     @property
@@ -111,6 +124,9 @@ def convert(adapter: Adapter, options: LoraOptions) -> LoraExport:
     """
     if options.target == "serving" and (refusal := serving_refusal(adapter)):
         raise ValueError(refusal)
+    for layer in adapter.layers.values():
+        if refusal := layouts.refusal(layer):
+            raise ValueError(f"{layer.weight!r} cannot be exported as LoRA: {refusal}")
     with threads_for(adapter.largest):
         return _convert(adapter, options)
 
@@ -140,32 +156,48 @@ def _convert(adapter: Adapter, options: LoraOptions) -> LoraExport:
     tensors: dict[str, Tensor] = {}
     layers, lost_squared, total_squared = [], 0.0, 0.0
     for name, layer in adapter.layers.items():
-        factors = adapter.factors(name)
         scale = layer.scale / (lora_alpha / rank)
-        if layer.rank <= rank:
-            lora_a, lora_b = blocks.lora_factors(factors)
-            if scale != 1:
-                lora_b = (lora_b.double() * scale).to(_computed(layer))
-            kept, lost = layer.rank, 0.0
-            total = float(svd.core_of(factors, scale).matrix.square().sum()) if compresses else 0.0
-        else:
-            lora_a, lora_b, s = svd.best_lora(factors, scale, rank)
-            lora_a, lora_b = lora_a.to(_computed(layer)), lora_b.to(_computed(layer))
-            kept = lora_a.shape[0]
-            lost, total = float(s[kept:].square().sum()), float(s.square().sum())
+        converted = [_pair(layer, factors, scale, rank, compresses) for factors in adapter.matrices(name)]
+        lost, total = sum(one.lost for one in converted), sum(one.total for one in converted)
         lost_squared, total_squared = lost_squared + lost, total_squared + total
-        layers.append(ExportedLayer(name, layer.rank, kept, math.sqrt(lost / total) if total else 0.0))
-        for factor, matrix in zip(LORA_FACTORS, (_pad(lora_a, rank, 0), _pad(lora_b, rank, 1)), strict=True):
-            tensors[key_of(name, factor)] = _cast(matrix, options.dtype, name)
+        kept = max(one.pair.a.shape[0] for one in converted)
+        layers.append(ExportedLayer(name, layer.weight, layer.rank, kept, math.sqrt(lost / total) if total else 0.0))
+        pairs = [
+            Pair(*(_cast(_pad(m, rank, dim), options.dtype, layer.weight) for dim, m in enumerate(one.pair)))
+            for one in converted
+        ]
+        tensors |= {PREFIX + key: tensor for key, tensor in assemble(layer, pairs, options.experts).items()}
     for key in adapter.extras:
         tensors[key] = adapter.tensors.read(key)
     return LoraExport(
-        config=lora_config(adapter, rank, lora_alpha),
+        config=lora_config(adapter, rank, lora_alpha, options.experts),
         tensors=tensors,
         rank=rank,
         layers=tuple(layers),
         relative_error=math.sqrt(lost_squared / total_squared) if total_squared else 0.0,
+        experts=options.experts if any(layer.experts for layer in adapter.layers.values()) else None,
     )
+
+
+class _Converted(NamedTuple):
+    """LoRA factors of one matrix, and the squared norms of what compression cut off and of the whole update."""
+
+    pair: Pair
+    lost: float
+    total: float
+
+
+def _pair(layer: AdaptedLayer, factors: Factors, scale: float, rank: int, compresses: bool) -> _Converted:
+    """Return LoRA factors of at most `rank` for one matrix; the norm is computed where something is compressed."""
+    if layer.rank > rank:
+        lora_a, lora_b, s = svd.best_lora(factors, scale, rank)
+        pair = Pair(lora_a.to(_computed(layer)), lora_b.to(_computed(layer)))
+        return _Converted(pair, float(s[len(lora_a) :].square().sum()), float(s.square().sum()))
+    lora_a, lora_b = blocks.lora_factors(factors)
+    if scale != 1:
+        lora_b = (lora_b.double() * scale).to(_computed(layer))
+    total = float(svd.core_of(factors, scale).matrix.square().sum()) if compresses else 0.0
+    return _Converted(Pair(lora_a, lora_b), 0.0, total)
 
 
 def _computed(layer: AdaptedLayer) -> torch.dtype:

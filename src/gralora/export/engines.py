@@ -6,6 +6,8 @@ The facts and their sources are in `docs/serving.md`.
 import shlex
 from dataclasses import dataclass
 
+from gralora.export.layouts import Experts
+
 # Values of vLLM's `--max-lora-rank` (vllm.config.lora.MaxLoRARanks, 0.14 and later).
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -18,11 +20,21 @@ class Engine:
         name: Name of the program.
         command: Command that serves the export; None if the program cannot.
         reason: Why it cannot.
+        note: What has to be declared beside the command.
     """
 
     name: str
     command: str | None
     reason: str = ""
+    note: str = ""
+
+
+_STACKED = (
+    "experts are stacked: without further settings this is right for model classes of vLLM with `is_3d_moe_weight`. "
+    "For others set `enable_mixed_moe_lora_format`, and `is_3d_lora_weight` in the request that loads the adapter; a "
+    "wrong declaration loads wrong values without an error. Or export with --experts per-expert."
+)
+_PER_EXPERT = "experts are linear layers: right for model classes of vLLM without `is_3d_moe_weight`."
 
 
 def vllm_max_lora_rank(rank: int) -> int | None:
@@ -54,7 +66,7 @@ def rank_warning(k: int, r: int, hybrid_r: int = 0) -> str | None:
     )
 
 
-def lora_engines(rank: int, base: str, name: str, output: str) -> list[Engine]:
+def lora_engines(rank: int, base: str, name: str, output: str, experts: Experts | None = None) -> list[Engine]:
     """Return how each program serves a LoRA folder.
 
     Args:
@@ -62,12 +74,17 @@ def lora_engines(rank: int, base: str, name: str, output: str) -> list[Engine]:
         base: Base model, as written in the command.
         name: Name by which requests address the adapter.
         output: Folder of the export.
+        experts: How stacks of experts were written; None where there are none.
     """
     base, module = shlex.quote(base), shlex.quote(f"{name}={output}")
     accepted = vllm_max_lora_rank(rank)
     vllm = Engine("vLLM", None, f"rank {rank} is above its highest --max-lora-rank, {VLLM_RANKS[-1]}")
     if accepted is not None:
-        vllm = Engine("vLLM", f"vllm serve {base} --enable-lora --lora-modules {module} --max-lora-rank {accepted}")
+        note = {None: "", "stacked": _STACKED, "per-expert": _PER_EXPERT}[experts]
+        command = f"vllm serve {base} --enable-lora --lora-modules {module} --max-lora-rank {accepted}"
+        vllm = Engine("vLLM", command, note=note)
+    if experts is not None:  # how other programs read adapters of experts is not known
+        return [vllm]
     sglang = (
         f"python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths {module} --max-lora-rank {rank}"
     )
@@ -75,7 +92,7 @@ def lora_engines(rank: int, base: str, name: str, output: str) -> list[Engine]:
     return [vllm, Engine("SGLang", sglang), Engine("llama.cpp", llama_cpp)]
 
 
-def gguf_engines(rank: int, base: str, name: str, output: str) -> list[Engine]:
+def gguf_engines(rank: int, base: str, name: str, output: str, experts: Experts | None = None) -> list[Engine]:
     """Return how each program serves a GGUF file; the arguments are those of `lora_engines`."""
     return [Engine("llama.cpp", _llama_cpp_command(output))]
 

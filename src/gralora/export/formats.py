@@ -10,14 +10,15 @@ from gralora.export.convert import LoraExport, LoraOptions
 from gralora.export.diffusers import to_diffusers
 from gralora.export.engines import Engine, gguf_engines, lora_engines
 from gralora.export.gguf import to_gguf
-from gralora.export.lora import write_folder
+from gralora.export.layouts import Experts
+from gralora.export.lora import folder_writer
 from gralora.export.write import write_export
 
 
 def _to_lora(
     source: str | Path | nn.Module, output: str | Path, options: LoraOptions, overwrite: bool = False
 ) -> LoraExport:
-    return write_export(source, output, options, write_folder, overwrite=overwrite)
+    return write_export(source, output, options, folder_writer(options.experts), overwrite=overwrite)
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Format:
     export: Callable[..., LoraExport]
     takes: tuple[str, ...] = ()
     targets: tuple[str, ...] = ("serving",)
-    engines: Callable[[int, str, str, str], list[Engine]] | None = None
+    engines: Callable[[int, str, str, str, Experts | None], list[Engine]] | None = None
 
 
 FORMATS = {

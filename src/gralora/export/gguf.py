@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from gralora.export.convert import LoraExport, LoraOptions
-from gralora.export.lora import write_folder
+from gralora.export.layouts import linear_refusal
+from gralora.export.lora import folder_writer
 from gralora.export.verify import LoraFile
 from gralora.export.write import write_export
 from gralora.files.checkpoint import Adapter
@@ -56,11 +57,13 @@ def to_gguf(
     dtype = options.dtype or torch.float32
 
     def write(adapter: Adapter, export: LoraExport, file: Path) -> LoraFile:
+        if refusal := linear_refusal(adapter, "llama.cpp"):
+            raise ValueError(refusal)
         named = base or adapter.config.base_model_name_or_path
         if not named:
             raise ValueError(f"`base` must be given: the adapter in {adapter.where!r} names no base model.")
         folder = file.with_name("lora")
-        written = write_folder(adapter, export, folder)
+        written = folder_writer()(adapter, export, folder)
         outputs = ["--outtype", _OUT_TYPES[dtype], "--outfile", str(file)]
         _run(converter, [*_base_arguments(named), *outputs, str(folder)])
         _check_pairs(file, export)

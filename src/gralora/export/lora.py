@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from gralora.export.convert import LoraExport, LoraOptions, convert
+from gralora.export.layouts import Experts
 from gralora.export.verify import LoraFile, open_lora
-from gralora.export.write import open_for_export, write_export
-from gralora.files.checkpoint import Adapter
+from gralora.export.write import Writer, write_export
+from gralora.files.checkpoint import Adapter, open_adapter
 
 
 def to_lora(
@@ -21,6 +22,7 @@ def to_lora(
     max_error: float | None = None,
     per_layer: bool = False,
     target: Literal["serving", "peft"] = "serving",
+    experts: Experts = "stacked",
     overwrite: bool = False,
     adapter_name: str = "default",
 ) -> LoraExport:
@@ -37,13 +39,15 @@ def to_lora(
         max_error: Relative Frobenius error that compression may cost; the smallest rank within it is chosen.
         per_layer: Apply `max_error` to every layer instead of to the model as a whole.
         target: "serving", or "peft" to carry over trained biases, whole modules and rows of embeddings.
+        experts: "stacked" writes stacks of experts in PEFT's layout of `target_parameters`; "per-expert" writes a
+            linear layer for each expert, `gate_proj`, `up_proj` and `down_proj`, for programs that know these.
         overwrite: Replace an adapter at `output`.
         adapter_name: Name of the adapter on a model.
 
     Raises:
         FileNotFoundError: `source` is not the folder of an adapter.
-        ValueError: The adapter is damaged or holds more than LoRA can be served with, adapts
-            convolutions, or an option breaks its rule.
+        ValueError: The adapter is damaged or holds more than LoRA can be served with, adapts a layer that has no
+            equivalent LoRA (attention, convolutions with groups), or an option breaks its rule.
         RuntimeError: The written update differs from the adapter's.
 
     Example:
@@ -53,13 +57,19 @@ def to_lora(
         >>> lora.rank, lora.config["lora_alpha"], list(lora.tensors)
         (8, 16, ['base_model.model.0.lora_A.weight', 'base_model.model.0.lora_B.weight'])
     """
-    options = LoraOptions(dtype=dtype, max_rank=max_rank, max_error=max_error, per_layer=per_layer, target=target)
+    options = LoraOptions(
+        dtype=dtype, max_rank=max_rank, max_error=max_error, per_layer=per_layer, target=target, experts=experts
+    )
     if output is None:
-        return convert(open_for_export(source, adapter_name), options)
-    return write_export(source, output, options, write_folder, overwrite=overwrite, adapter_name=adapter_name)
+        return convert(open_adapter(source, adapter_name), options)
+    return write_export(source, output, options, folder_writer(experts), overwrite=overwrite, adapter_name=adapter_name)
 
 
-def write_folder(adapter: Adapter, export: LoraExport, folder: Path) -> LoraFile:
-    """Write the folder and open it again."""
-    export.write(folder)
-    return open_lora(folder)
+def folder_writer(experts: Experts = "stacked") -> Writer:
+    """Return a function that writes the folder and opens it again."""
+
+    def write(adapter: Adapter, export: LoraExport, folder: Path) -> LoraFile:
+        export.write(folder)
+        return open_lora(folder, experts)
+
+    return write

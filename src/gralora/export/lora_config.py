@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import Any
 
+from gralora.export.layouts import HALVES, Experts
 from gralora.files.checkpoint import Adapter
 from gralora.files.names import GRALORA_BIAS, LORA_BIAS
 
@@ -17,8 +18,15 @@ def common_alpha(adapter: Adapter, rank: int) -> int:
     return rank
 
 
-def lora_config(adapter: Adapter, rank: int, lora_alpha: int) -> dict[str, Any]:
-    """Return the fields that programs read, and no field that an older PEFT does not know."""
+def lora_config(adapter: Adapter, rank: int, lora_alpha: int, experts: Experts = "stacked") -> dict[str, Any]:
+    """Return the fields that programs read, and no field that an older PEFT does not know.
+
+    Args:
+        adapter: Adapter that is exported.
+        rank: Rank of every layer.
+        lora_alpha: Numerator of the scale.
+        experts: How stacks of experts are written.
+    """
     config = adapter.config
     task_type = config.task_type
     return {
@@ -42,16 +50,32 @@ def lora_config(adapter: Adapter, rank: int, lora_alpha: int) -> dict[str, Any]:
         "layers_to_transform": None,
         "layers_pattern": None,
         "init_lora_weights": True,
-    } | ({"trainable_token_indices": t} if (t := config.trainable_token_indices) else {})
+    } | _further(adapter, experts)
+
+
+def _further(adapter: Adapter, experts: Experts) -> dict[str, Any]:
+    """Return the fields that most adapters do without."""
+    fields: dict[str, Any] = {}
+    if tokens := adapter.config.trainable_token_indices:
+        fields["trainable_token_indices"] = tokens
+    stacks = [layer.weight for layer in adapter.layers.values() if layer.kind == "parameter"]
+    if experts == "stacked" and stacks:
+        fields["target_parameters"] = adapter.config.target_parameters or stacks
+    elif stacks:
+        halves = {"gate_up_proj": HALVES}
+        names = {name.rpartition(".")[2] for name in stacks}
+        parts = {part for name in names for part in halves.get(name, (name,))}
+        fields["target_modules"] = sorted({*target_modules(adapter), *parts})
+    return fields
 
 
 def target_modules(adapter: Adapter) -> list[str]:
     """Return the short names of the adapted modules if these match no other module, else the full names.
 
     Some programs know only short names. A list of names without exclusions matches the same modules in LoRA as
-    in GraLoRA.
+    in GraLoRA. Parameters are named elsewhere.
     """
-    config, names = adapter.config, list(adapter.layers)
+    config, names = adapter.config, [layer.name for layer in adapter.layers.values() if layer.kind != "parameter"]
     exceptions = config.exclude_modules or config.layers_to_transform is not None
     if isinstance(config.target_modules, str) or not config.target_modules or exceptions:
         return names

@@ -1,14 +1,16 @@
 """Reading an export back and comparing it with its adapter, in float64."""
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from gralora.export.layouts import Experts, Pair, disassemble
 from gralora.files.adapter_config import read_config
-from gralora.files.checkpoint import open_tensors
-from gralora.files.names import LORA_FACTORS, PREFIX, key_of
+from gralora.files.checkpoint import AdaptedLayer, Adapter, open_tensors
+from gralora.files.names import PREFIX
 from gralora.files.tensors import TensorFile
 from gralora.tuner import blocks
 from gralora.tuner.blocks import Factors
@@ -44,30 +46,45 @@ class LoraFile:
         tensors: The file.
         scale: Factor of the update that the reading program will use.
         prefix: Prefix of the keys.
+        experts: How stacks of experts were written.
     """
 
-    def __init__(self, tensors: TensorFile, scale: float = 1.0, prefix: str = PREFIX) -> None:
+    def __init__(
+        self, tensors: TensorFile, scale: float = 1.0, prefix: str = PREFIX, experts: Experts = "stacked"
+    ) -> None:
         self.scale = scale
+        self.experts: Experts = experts
         self._tensors = tensors
         self._prefix = prefix
 
-    def pair(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return `lora_A` and `lora_B` of one module in float64."""
-        lora_a, lora_b = (self._tensors.read(key_of(name, factor, self._prefix)).double() for factor in LORA_FACTORS)
-        return lora_a, lora_b
+    def pairs(self, layer: AdaptedLayer) -> Iterator[Pair]:
+        """Yield the factors of each matrix of a layer, in float64."""
+        return disassemble(layer, lambda name: self._tensors.read(self._prefix + name).double(), self.experts)
 
 
-def open_lora(folder: Path) -> LoraFile:
+def open_lora(folder: Path, experts: Experts = "stacked") -> LoraFile:
     """Open a folder in PEFT's format, whose config states the scale."""
     config = read_config(folder)
-    return LoraFile(open_tensors(folder), config["lora_alpha"] / config["r"])
+    return LoraFile(open_tensors(folder), config["lora_alpha"] / config["r"], experts=experts)
+
+
+def compare(adapter: Adapter, name: str, written: LoraFile) -> LayerError:
+    """Compare the written update of one layer with the adapter's, every matrix of it."""
+    layer = adapter.layers[name]
+    matrices = zip(adapter.matrices(name), written.pairs(layer), strict=True)
+    errors = [_compare(factors, layer.scale, pair, written.scale) for factors, pair in matrices]
+    return LayerError(
+        max(error.largest for error in errors),
+        math.hypot(*(error.norm for error in errors)),
+        math.hypot(*(error.reference_norm for error in errors)),
+    )
 
 
 @torch.no_grad()
-def compare(factors: Factors, scale: float, written: LoraFile, name: str) -> LayerError:
-    """Compare the written update of one layer with that of `factors`, some rows at a time."""
+def _compare(factors: Factors, scale: float, pair: Pair, written_scale: float) -> LayerError:
+    """Compare two updates, some rows at a time."""
     A, B, A_general, B_general = factors.to(torch.float64)
-    lora_a, lora_b = written.pair(name)
+    lora_a, lora_b = pair
     k, m = B.shape[0], B.shape[2]
     step = max(1, _ROWS // k)
     largest = squared = reference_squared = 0.0
@@ -75,8 +92,8 @@ def compare(factors: Factors, scale: float, written: LoraFile, name: str) -> Lay
         stop = min(m, start + step)
         rows = torch.cat([torch.arange(i * m + start, i * m + stop) for i in range(k)])
         general = None if B_general is None else B_general[rows]
-        ours = blocks.dense(Factors(A, B[:, :, start:stop], A_general, general), scale)
-        theirs = (lora_b[rows] @ lora_a).mul_(written.scale)
+        ours = blocks.dense(Factors(A, B[:, :, start:stop], A_general, general), scale)[:, : lora_a.shape[1]]
+        theirs = (lora_b[rows] @ lora_a).mul_(written_scale)
         reference_squared += float(ours.square().sum())
         difference = theirs.sub_(ours)
         largest = max(largest, float(difference.abs().max()))

@@ -4,6 +4,8 @@ Opening an adapter reads its config and the header of its tensor file and checks
 tensors are read on demand, one layer at a time.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 from torch import nn
 
 from gralora.files.adapter_config import config_from, read_gralora_config, require_peft_type
-from gralora.files.names import GRALORA_FACTORS, PICKLE_FILE, TENSOR_FILE, group_keys
+from gralora.files.names import GRALORA_FACTORS, PICKLE_FILE, TENSOR_FILE, group_keys, weight_name
 from gralora.files.tensors import TensorDict, TensorFile, Tensors
 from gralora.tuner.blocks import Factors, factor_shapes
 from gralora.tuner.config import GraloraConfig, LayerSettings
@@ -23,10 +25,13 @@ class AdaptedLayer:
     """Settings, shapes and keys of one adapted layer, without its values.
 
     Attributes:
-        name: Name of the module in the base model.
+        name: Name of the layer in the keys of the file.
         settings: Ranks, number of blocks and scale.
         in_features: Width of the input.
         out_features: Width of the output.
+        experts: Number of matrices in a stack; None for a single one.
+        record: What the config says of a layer that is not linear; see `GraloraConfig.layer_kinds`.
+        parameters: Number of trained values.
         dtype: Data type of the stored factors.
         keys: Keys of the factors in the file, in the order of `Factors`.
     """
@@ -35,8 +40,27 @@ class AdaptedLayer:
     settings: LayerSettings
     in_features: int
     out_features: int
+    experts: int | None
+    record: dict[str, Any]
+    parameters: int
     dtype: torch.dtype
     keys: tuple[str, ...]
+
+    @property
+    def kind(self) -> str:
+        """Kind of the layer: "linear", "conv", "embedding", "parameter" or "attention"."""
+        return self.record.get("kind", "linear")
+
+    @property
+    def weight(self) -> str:
+        """Name of the adapted weight: that of the module, and of the parameter if it is one."""
+        return weight_name(self.name, self.record.get("parameter"))
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """Shape of the weight: `[out, in]`, with the experts before it in a stack."""
+        matrix = self.out_features, self.in_features
+        return matrix if self.experts is None else (self.experts, *matrix)
 
     @property
     def scale(self) -> float:
@@ -47,11 +71,6 @@ class AdaptedLayer:
     def rank(self) -> int:
         """Rank of the equivalent LoRA, `k·r + hybrid_r`."""
         return self.settings.gralora_k * self.settings.r + self.settings.hybrid_r
-
-    @property
-    def parameters(self) -> int:
-        """Number of trained values."""
-        return (self.settings.r + self.settings.hybrid_r) * (self.in_features + self.out_features)
 
 
 class Adapter:
@@ -99,8 +118,27 @@ class Adapter:
             tensors.append(tensor)
         return Factors(*tensors)
 
+    def matrices(self, name: str) -> Iterator[Factors]:
+        """Read the factors of each matrix of one layer: of every expert of a stack, or of the only one there is.
+
+        Raises:
+            ValueError: A value is not finite.
+        """
+        layer, factors = self.layers[name], self.factors(name)
+        if layer.experts is not None:
+            yield from (factors.expert(index) for index in range(layer.experts))
+        elif factors.in_features > layer.in_features:  # what is beyond the vocabulary was never used
+            A, B, *general = (factor.clone() for factor in factors if factor is not None)
+            A.view(-1, A.shape[-1])[layer.in_features :] = 0
+            if general:
+                general[0][:, layer.in_features :] = 0
+            yield Factors(A, B, *general)
+        else:
+            yield factors
+
     def _checked_layer(self, name: str, keys: dict[str, str]) -> AdaptedLayer:
-        settings = self.config.settings_for(name)
+        record = (self.config.layer_kinds or {}).get(name, {})
+        settings = self.config.settings_for(weight_name(name, record.get("parameter")), name)
         k, r, hybrid_r = settings.gralora_k, settings.r, settings.hybrid_r
         wanted = GRALORA_FACTORS if hybrid_r else GRALORA_FACTORS[:2]
         if set(keys) != set(wanted):
@@ -110,9 +148,14 @@ class Adapter:
             )
         shapes = {factor: self.tensors.shape(key) for factor, key in keys.items()}
         a, b = shapes["gralora_A"], shapes["gralora_B"]
-        in_features = k * a[1] if len(a) == 3 else 0
-        out_features = k * b[2] if len(b) == 3 else 0
-        right = dict(zip(GRALORA_FACTORS, factor_shapes(k, r, hybrid_r, in_features, out_features), strict=True))
+        experts = a[:1] if len(a) == 4 and record.get("kind") == "parameter" else ()
+        in_features = k * a[-2] if len(a) >= 3 else 0
+        out_features = k * b[-1] if len(b) >= 3 else 0
+        if record.get("kind") in ("embedding", "conv"):
+            in_features, out_features = self._recorded_widths(name, record)
+        right = dict(
+            zip(GRALORA_FACTORS, factor_shapes(k, r, hybrid_r, in_features, out_features, experts), strict=True)
+        )
         for factor, shape in shapes.items():
             if shape != right[factor] or 0 in shape:
                 raise ValueError(
@@ -124,7 +167,26 @@ class Adapter:
         if dtypes or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             got = ", ".join(sorted(str(self.tensors.dtype(key)) for key in keys.values()))
             raise ValueError(f"The factors must have one floating-point dtype; got {got} at {name!r}.")
-        return AdaptedLayer(name, settings, in_features, out_features, dtype, tuple(keys[factor] for factor in wanted))
+        return AdaptedLayer(
+            name,
+            settings,
+            in_features,
+            out_features,
+            experts[0] if experts else None,
+            record,
+            sum(math.prod(shape) for shape in shapes.values()),
+            dtype,
+            tuple(keys[factor] for factor in wanted),
+        )
+
+    def _recorded_widths(self, name: str, record: dict[str, Any]) -> tuple[int, int]:
+        """Return the widths of the weight of which `record` has the shape."""
+        shape = record.get("shape")
+        if not (isinstance(shape, list) and len(shape) >= 2 and all(isinstance(size, int) for size in shape)):
+            raise ValueError(f"`layer_kinds` must have the shape of the weight; got {record!r} at {name!r}.")
+        if record["kind"] == "embedding":
+            return shape[0], shape[1]
+        return math.prod(shape[1:]), shape[0]
 
 
 def open_adapter(source: str | Path | nn.Module, adapter_name: str = "default") -> Adapter:

@@ -1,6 +1,7 @@
 """Weights of a base model, read one at a time from its folder."""
 
 import json
+import math
 from pathlib import Path
 
 from gralora.files.tensors import TensorFile
@@ -37,17 +38,23 @@ class BaseWeights:
         for file in (TensorFile(folder / name) for name in names):
             self._files |= dict.fromkeys(file.keys(), file)
 
-    def norm(self, module: str, shape: tuple[int, int]) -> float | None:
-        """Return the Frobenius norm of a module's weight, or None if there is no weight of that shape.
+    def norm(self, name: str, shape: tuple[int, ...]) -> float | None:
+        """Return the Frobenius norm of a weight, or None if there is none of that shape.
 
-        A weight may also be stored transposed, and files often omit the first part of a module's name.
+        A weight may also be stored transposed or with a kernel, and files often omit the first part of a name.
+
+        Args:
+            name: Name of the module, or of a parameter.
+            shape: `[out, in]`, or `[experts, out, in]`.
         """
-        parts = module.split(".")
+        parts = name.split(".")
         for start in range(len(parts)):
-            key = ".".join([*parts[start:], "weight"])
-            if key in self._files:
-                file = self._files[key]
-                if file.shape(key) in (shape, shape[::-1]):
-                    return float(file.read(key).double().norm())
-                return None
+            for key in (".".join([*parts[start:], "weight"]), ".".join(parts[start:])):
+                if key in self._files:
+                    file = self._files[key]
+                    found = file.shape(key)
+                    flat = (found[0], math.prod(found[1:])) if found else ()
+                    if shape in (found, flat) or (*shape[:-2], shape[-1], shape[-2]) == found:
+                        return float(file.read(key).double().norm())
+                    return None
         return None

@@ -68,6 +68,20 @@ def module_name(key: str) -> str:
     return key.removeprefix(PREFIX).replace("_orig_mod.", "")
 
 
+def weight_name(module: str, parameter: str | None) -> str:
+    """Return the name of an adapted weight, given its layer: that of a parameter has the parameter's own name.
+
+    Example:
+        >>> weight_name("mlp.experts.base_layer", "gate_up_proj")
+        'mlp.experts.gate_up_proj'
+    """
+    if parameter is None:
+        return module
+    while module.endswith(".base_layer"):
+        module = module.removesuffix(".base_layer")
+    return f"{module}.{parameter}"
+
+
 def natural_order(name: str) -> list[tuple[int, str]]:
     """Return a sorting key that puts layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

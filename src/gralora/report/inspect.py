@@ -1,6 +1,7 @@
 """Norms, ranks and settings of an adapter, layer by layer, from its files."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,20 +24,23 @@ class LayerReport:
     """Measurements of one adapted layer.
 
     Attributes:
-        target: Name of the module in the base model.
+        target: Name of the adapted weight in the base model: of the module, or of a parameter.
+        experts: Number of matrices in a stack; None for a single one. Norms are those of the stack.
         r: Rank of the blocks.
         hybrid_r: Rank of the hybrid part.
         k: Blocks per side.
         scale: Factor of the update.
         norm: Frobenius norm of ΔW.
         relative_norm: Frobenius norm of ΔW divided by that of W; None without the base, or if it has no such weight.
-        effective_rank: Exponential of the entropy of the singular values (Roy and Vetterli, EUSIPCO 2007).
+        effective_rank: Exponential of the entropy of the singular values (Roy and Vetterli, EUSIPCO 2007); the mean
+            over experts.
         lora_rank: Rank of the exact LoRA, `k·r + hybrid_r`.
-        needed_rank: Numerical rank of ΔW, the lowest LoRA rank that loses nothing.
+        needed_rank: Numerical rank of ΔW, the lowest LoRA rank that loses nothing; the highest of the experts'.
         parameters: Number of trained values.
     """
 
     target: str
+    experts: int | None
     r: int
     hybrid_r: int
     k: int
@@ -126,28 +130,36 @@ def inspect(adapter: str | Path, base: str | Path | None = None) -> Report:
 
 
 @torch.no_grad()
-def block_norms(factors: Factors, scale: float) -> Float[Tensor, "k k"]:
-    """Return the Frobenius norms of the blocks of ΔW; rows are output blocks, columns are input blocks."""
-    delta = blocks.dense(factors.to(torch.float64), scale)
-    k = factors.k
-    return delta.unflatten(0, (k, -1)).unflatten(2, (k, -1)).square().sum((1, 3)).sqrt()
+def block_norms(matrices: Iterable[Factors], scale: float) -> Float[Tensor, "k k"]:
+    """Return the Frobenius norms of the blocks of ΔW; rows are output blocks, columns are input blocks.
+
+    Args:
+        matrices: Factors of one matrix, or of each expert of a stack, whose blocks are taken together.
+        scale: Factor of the update.
+    """
+    total = 0.0
+    for factors in matrices:
+        delta = blocks.dense(factors.to(torch.float64), scale)
+        total += delta.unflatten(0, (factors.k, -1)).unflatten(2, (factors.k, -1)).square().sum((1, 3))
+    return torch.as_tensor(total).sqrt()
 
 
 def _measure(adapter: Adapter, name: str, weights: BaseWeights | None) -> LayerReport:
-    layer, factors = adapter.layers[name], adapter.factors(name)
-    s = svd.singular_values(factors, layer.scale)
-    norm = float(s.square().sum().sqrt())
-    of = weights.norm(name, (layer.out_features, layer.in_features)) if weights else None
+    layer, matrices = adapter.layers[name], list(adapter.matrices(name))
+    spectra = [svd.singular_values(factors, layer.scale) for factors in matrices]
+    norm = math.sqrt(sum(float(s.square().sum()) for s in spectra))
+    of = weights.norm(layer.weight, layer.matrix_shape) if weights else None
     return LayerReport(
-        target=name,
+        target=layer.weight,
+        experts=layer.experts,
         r=layer.settings.r,
         hybrid_r=layer.settings.hybrid_r,
         k=layer.settings.gralora_k,
         scale=layer.scale,
         norm=norm,
         relative_norm=norm / of if of else None,
-        effective_rank=svd.effective_rank(s),
+        effective_rank=sum(map(svd.effective_rank, spectra)) / len(spectra),
         lora_rank=layer.rank,
-        needed_rank=svd.numerical_rank(s, factors),
+        needed_rank=max(svd.numerical_rank(*pair) for pair in zip(spectra, matrices, strict=True)),
         parameters=layer.parameters,
     )

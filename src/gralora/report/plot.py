@@ -66,7 +66,8 @@ def _draw_depths(axes: Any, report: Report) -> None:
 
 def _draw_blocks(axes: Any, report: Report, target: str) -> None:
     adapter = open_adapter(report.adapter)
-    norms = block_norms(adapter.factors(target), adapter.layers[target].scale)
+    layer = next(layer for layer in adapter.layers.values() if layer.weight == target)
+    norms = block_norms(adapter.matrices(layer.name), layer.scale)
     image = axes.imshow(norms.numpy(), vmin=0, cmap="viridis")
     axes.set_title(target, fontsize="small")
     axes.set_xlabel("input block j")

@@ -304,6 +304,12 @@ class GraloraConfig(PeftConfig):
                 "`target_parameters` must be a list of names, such as 'experts.gate_up_proj'; "
                 f"got target_parameters={parameters!r}."
             )
+        kinds: Any = self.layer_kinds
+        if kinds is not None and not (
+            isinstance(kinds, dict)
+            and all(isinstance(k, dict) and isinstance(k.get("kind"), str) for k in kinds.values())
+        ):
+            raise ValueError(f"`layer_kinds` must map names of layers to records with a kind; got {kinds!r}.")
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise ValueError(

@@ -73,9 +73,19 @@ class ParameterLayer(GraloraLayer):
         return WeightRef(base.get_submodule(path), name, turn, turn, *self.experts)
 
     def record(self) -> dict[str, Any]:
-        """Return the name of the parameter, and whether its matrices are stored as `[in, out]`."""
-        transposed = is_transposed(self.get_base_layer(), self.parameter_name)
-        return {"kind": "parameter", "parameter": self.parameter_name} | ({"transposed": True} if transposed else {})
+        """Return the name of the parameter, and what there is to say of its layout.
+
+        "transposed": its matrices are stored as `[in, out]`; "unmarked": without an attribute that says so;
+        "interleaved": the rows of gate and up alternate.
+        """
+        base = self.get_base_layer()
+        transposed = is_transposed(base, self.parameter_name)
+        said = {
+            "transposed": transposed,
+            "unmarked": transposed and not getattr(base, "is_transposed", False),
+            "interleaved": not getattr(base, "is_concatenated", True) and self.parameter_name == "gate_up_proj",
+        }
+        return {"kind": "parameter", "parameter": self.parameter_name} | {k: True for k, so in said.items() if so}
 
     def weight_name(self, name: str) -> str:
         """Return the name of the module and of the parameter."""
