@@ -273,12 +273,12 @@ class LayerContract:
     def test_functional_call_under_vmap_gives_the_gradients_of_each_sample(self):
         if not self.transforms:
             pytest.skip("the product of this base, an autograd function of another library, has no rule for vmap")
-        layer = layer_of(self.adapt(hybrid_r=2))
+        model = self.adapt(hybrid_r=2).base_model.model
         xs = torch.stack([self.make_input(self.exact_dtype) for _ in range(3)])
-        parameters = {name: p.detach() for name, p in layer.named_parameters() if "gralora_" in name}
+        parameters = {name: p.detach() for name, p in model.named_parameters() if "gralora_" in name}
 
         def loss(parameters, x):
-            return torch.func.functional_call(layer, parameters, self.arguments(x)).square().sum()
+            return torch.func.functional_call(model, parameters, (x,)).square().sum()
 
         gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, xs)
         for i, x in enumerate(xs):
