@@ -1,12 +1,24 @@
 """GraLoRA on PyTorch's attention module, whose packed projection and output projection are parameters that it reads."""
 
-from typing import Any
+from operator import attrgetter
+from typing import Any, cast
 
 import torch
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from gralora.tuner.parameters import ParameterLayer
+
+_ARGUMENTS = (
+    "query",
+    "key",
+    "value",
+    "key_padding_mask",
+    "need_weights",
+    "attn_mask",
+    "average_attn_weights",
+    "is_causal",
+)
 
 
 class Attention(ParameterLayer):
@@ -31,23 +43,48 @@ class Attention(ParameterLayer):
         )
         return (*packed, "out_proj.weight")
 
+    @classmethod
+    def refusal(cls, base: nn.Module) -> str | None:
+        """Return why an attention cannot be adapted, or None."""
+        if type(base).__module__.startswith("torch.ao."):
+            return f"it must compute with its own weights; {type(base).__name__} has a linear layer for each of them."
+        missing = [name for name in cls.parameters_of(base) if attrgetter(name)(base) is None]
+        return f"it must have the parameters of nn.MultiheadAttention; {missing[0]!r} is None." if missing else None
+
+    def merge_refusal(self, own_weights: bool = False) -> str | None:
+        """Return why no merge is possible at the moment, and the way out; None where one is."""
+        if any(layer._sharing.module for layer in self.nest().values()):
+            return (
+                "its base is called from elsewhere in the model too, which must not see the merged weights. Put the "
+                "adapter on a copy, or take it out of `target_modules`."
+            )
+        return super().merge_refusal(own_weights)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the attention returns, with the updates of all active adapters added to its weights.
 
-        PyTorch's encoder makes nested tensors of padded batches, which the module takes on its fast path alone.
+        PyTorch's encoder makes a nested tensor of a padded batch, if gradients are off or nothing in its first layer
+        is trained. The attention takes nested tensors where it needs no gradients; with gradients, they are padded
+        for it.
         """
-        query = args[0] if args else kwargs.get("query")
-        if not (isinstance(query, Tensor) and query.is_nested):
+        call = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+        if not (torch.is_grad_enabled() and len(args) <= len(_ARGUMENTS) and self._takes_padded(call)):
             return super().forward(*args, **kwargs)
-        rows = query.unbind()
-        padded = torch.nested.to_padded_tensor(query, 0.0)
+        rows = call["query"].unbind()
+        padded = torch.nested.to_padded_tensor(call["query"], 0.0)
         lengths = torch.tensor([len(row) for row in rows], device=padded.device)
         mask = torch.arange(padded.shape[1], device=padded.device) >= lengths.unsqueeze(1)
-        output, weights = super().forward(
-            padded, padded, padded, key_padding_mask=mask, need_weights=kwargs.get("need_weights", True)
-        )
+        call |= {"query": padded, "key": padded, "value": padded, "key_padding_mask": mask}
+        output, weights = super().forward(**call)
         parts = [part[: len(row)] for part, row in zip(output, rows, strict=True)]
-        return torch.nested.as_nested_tensor(parts, layout=query.layout), weights
+        return torch.nested.as_nested_tensor(parts), weights
+
+    def _takes_padded(self, call: dict[str, Any]) -> bool:
+        """Return whether a call is self-attention of a nested tensor, as the attention takes it without gradients."""
+        query, base = call.get("query"), cast(nn.MultiheadAttention, self.get_base_layer())
+        nested = isinstance(query, Tensor) and query.is_nested and query.layout == torch.strided
+        itself = nested and query is call.get("key") and query is call.get("value")
+        return itself and base.batch_first and call.get("key_padding_mask") is None and call.get("attn_mask") is None
 
     def record(self) -> dict[str, Any]:
         """Return the name of the weight."""

@@ -90,6 +90,7 @@ class Target:
         backend: PEFT's access to a quantised module.
         kind: The kind of layer that it gets; None where no kind covers it.
         parameter_name: Name of the weight in the module.
+        by_parameter: Whether the weight itself was asked for, not its module.
     """
 
     module: nn.Module
@@ -97,6 +98,7 @@ class Target:
     backend: QuantizationBackend | None
     kind: type[GraloraLayer] | None
     parameter_name: str = "weight"
+    by_parameter: bool = False
 
     @property
     def name(self) -> str:
@@ -169,6 +171,15 @@ class Target:
             return None
         return self.kind.dropout_refusal(self.base, self.parameter_name)
 
+    def bias_refusal(self, config: GraloraConfig) -> str | None:
+        """Return why the biases of the module cannot be trained with the adapter, or None."""
+        if config.bias != "gralora_only" or getattr(self.base, "in_proj_bias", None) is None:
+            return None
+        return (
+            "`bias='gralora_only'` trains the parameter `bias` of an adapted module; nn.MultiheadAttention has "
+            "`in_proj_bias` and `out_proj.bias`. Use `bias='none'`, or `bias='all'`, which trains the second one."
+        )
+
     def width_refusal(self, config: GraloraConfig) -> str | None:
         """Return why the blocks do not fit the widths of the weight, or None."""
         if self.kind is None:
@@ -234,7 +245,8 @@ def check_target(
             raise ValueError(refusal)
         if refusal := target.attention_refusal() or target.kind_refusal():
             raise TypeError(refusal)
-        refusals = target.nest_refusal(found), target.dropout_refusal(config), target.width_refusal(config)
+        unfit = target.bias_refusal(config), target.dropout_refusal(config), target.width_refusal(config)
+        refusals = target.nest_refusal(found), *unfit
         if refusal := next(filter(None, refusals), None) or target.placement_refusal(model):
             raise ValueError(refusal)
     except (TypeError, ValueError) as error:
@@ -302,7 +314,7 @@ def find_targets(
             found += [Target(module, at, backend, kind, parameter) for parameter in asked]
             parameters = [parameter for parameter in parameters if parameter not in asked]
         for parameter in parameters:
-            found.append(Target(module, at, backend, parameter_kind(base, parameter, backend), parameter))
+            found.append(Target(module, at, backend, parameter_kind(base, parameter, backend), parameter, True))
     return found
 
 
@@ -348,11 +360,7 @@ def leave_out_misfits(targets: list[Target], config: GraloraConfig, model_type: 
 
 def is_parameter(target: Target) -> bool:
     """Return whether the target is a parameter, which `target_parameters` names."""
-    return (
-        target.kind is not None
-        and issubclass(target.kind, ParameterLayer)
-        and not target.kind.covers(target.base, target.backend)
-    )
+    return target.by_parameter and target.kind is not None and issubclass(target.kind, ParameterLayer)
 
 
 def names_of(targets: list[Target], places: Places, model: nn.Module) -> set[str] | str:
@@ -374,7 +382,7 @@ def parameter_names_of(targets: list[Target], model: nn.Module) -> list[str] | N
 
 def announce_experts(targets: list[Target]) -> None:
     """Say how many stacks of experts "all linear layers" include."""
-    stacks = [target for target in targets if is_parameter(target)]
+    stacks = [t for t in targets if is_parameter(t) and len(shape_of(t.base, t.parameter_name)) == 3]
     if stacks:
         names = ", ".join(sorted({repr(target.parameter_name) for target in stacks}))
         experts = shape_of(stacks[0].base, stacks[0].parameter_name)[0]
