@@ -469,19 +469,6 @@ def test_a_weight_that_another_layer_holds_too_is_merged_into_a_copy(own_weights
     assert torch.equal(merged.other.weight, before)
 
 
-def test_a_merge_is_refused_where_the_attention_is_called_from_elsewhere_too():
-    model, x = adapted(Block(attention(batch_first=True))), torch.randn(2, 5, WIDTH, dtype=torch.float64)
-    inner = model.base_model.model
-    inner.elsewhere = inner.attn.get_base_layer()
-    before, expected = weights_of(model), model(x)
-    with pytest.raises(RuntimeError, match=r"'attn' cannot be, because its base is called from elsewhere"):
-        model.merge_adapter()
-    with pytest.raises(RuntimeError, match="its base is called from elsewhere"):
-        inner.attn.merge()
-    assert_same_bits(before, weights_of(model))
-    assert torch.equal(model(x), expected)
-
-
 def test_a_safe_merge_of_one_weight_that_is_not_finite_changes_neither():
     model = adapted(Block(attention()))
     before = weights_of(model)

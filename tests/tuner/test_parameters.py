@@ -102,6 +102,17 @@ def test_each_of_several_parameters_is_merged_and_restored_by_itself():
     assert type(plain[0]) is Mixed
 
 
+def test_a_merge_is_refused_where_the_module_is_called_from_elsewhere_too():
+    model, _ = mixed_model()
+    inner = model.base_model.model
+    inner.add_module("elsewhere", inner[0].get_base_layer())
+    before = weights_of(model)
+    for merge in (model.merge_adapter, inner[0].merge, inner[0].base_layer.merge):
+        with pytest.raises(RuntimeError, match="its base is called from elsewhere in the model too"):
+            merge()
+        assert_same_bits(before, weights_of(model))
+
+
 def test_a_second_adapter_goes_on_the_same_parameters():
     model, plain = mixed_model()
     model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))

@@ -51,15 +51,6 @@ class Attention(ParameterLayer):
         missing = [name for name in cls.parameters_of(base) if attrgetter(name)(base) is None]
         return f"it must have the parameters of nn.MultiheadAttention; {missing[0]!r} is None." if missing else None
 
-    def merge_refusal(self, own_weights: bool = False) -> str | None:
-        """Return why no merge is possible at the moment, and the way out; None where one is."""
-        if any(layer._sharing.module for layer in self.nest().values()):
-            return (
-                "its base is called from elsewhere in the model too, which must not see the merged weights. Put the "
-                "adapter on a copy, or take it out of `target_modules`."
-            )
-        return super().merge_refusal(own_weights)
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the attention returns, with the updates of all active adapters added to its weights.
 

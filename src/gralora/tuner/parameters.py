@@ -102,6 +102,15 @@ class ParameterLayer(GraloraLayer):
             layer = layer.base_layer
         return found
 
+    def merge_refusal(self, own_weights: bool = False) -> str | None:
+        """Return why no merge is possible at the moment, and the way out; None where one is."""
+        if any(layer._sharing.module for layer in self.nest().values()):
+            return (
+                "its base is called from elsewhere in the model too, which must not see the merged weights. Put the "
+                "adapter on a copy, or take it out of `target_modules`."
+            )
+        return super().merge_refusal(own_weights)
+
     def __getattr__(self, name: str) -> Any:
         # Callers read attributes of the module that they know: `num_experts`, `in_proj_bias`, `batch_first`.
         try:
