@@ -46,7 +46,7 @@ class Attention(ParameterLayer):
     @classmethod
     def refusal(cls, base: nn.Module) -> str | None:
         """Return why an attention cannot be adapted, or None."""
-        if type(base).__module__.startswith("torch.ao."):
+        if any(parent.__module__.startswith("torch.ao.") for parent in type(base).__mro__):
             return f"it must compute with its own weights; {type(base).__name__} has a linear layer for each of them."
         missing = [name for name in cls.parameters_of(base) if attrgetter(name)(base) is None]
         return f"it must have the parameters of nn.MultiheadAttention; {missing[0]!r} is None." if missing else None
