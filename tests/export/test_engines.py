@@ -1,3 +1,5 @@
+import pytest
+
 from gralora.export import rank_warning
 from gralora.export.engines import gguf_engines, lora_engines, vllm_max_lora_rank
 
@@ -29,3 +31,10 @@ def test_serve_commands():
     assert sglang.command
     assert llama_cpp.command == "gralora export --format gguf, then llama-server -m BASE.gguf --lora OUT.gguf"
     assert gguf_engines(68, "org/base", "mine", "a b.gguf")[0].command == "llama-server -m BASE.gguf --lora 'a b.gguf'"
+
+
+@pytest.mark.parametrize(("experts", "words"), [("stacked", "is_3d_lora_weight"), ("per-expert", "without")])
+def test_vllm_is_told_how_experts_are_declared(experts, words):
+    (vllm,) = lora_engines(64, "base", "name", "out", experts)
+    assert vllm.command.startswith("vllm serve base --enable-lora")
+    assert words in vllm.note

@@ -2,10 +2,9 @@ import json
 
 import pytest
 import torch
-from adapters import adapted, edit_tensors, save_adapter
-from torch import nn
+from adapters import edit_tensors, save_adapter
 
-from gralora import GraloraConfig, get_peft_model, to_lora
+from gralora import to_lora
 from gralora.export import write
 from gralora.export.convert import LoraOptions
 from gralora.export.lora import folder_writer
@@ -80,13 +79,3 @@ def test_half_precision_is_compared_too(dtype, folder, tmp_path):
     export = to_lora(folder, tmp_path / "lora", dtype=dtype)
     assert all(0 < layer.measured.relative < torch.finfo(dtype).eps for layer in export.layers)
     assert to_lora(folder, tmp_path / "compressed", dtype=dtype, max_rank=3).rank == 3
-
-
-def test_adapters_of_convolutions_are_refused(tmp_path):
-    model = get_peft_model(
-        nn.Sequential(nn.Conv2d(4, 8, 3), nn.Linear(8, 8)), GraloraConfig(r=4, target_modules=["0", "1"])
-    )
-    for output in (None, tmp_path / "lora"):
-        with pytest.raises(ValueError, match="'0' cannot be exported as LoRA: adapters of convolutions are not"):
-            to_lora(model, output)
-    assert to_lora(adapted()).rank == 16

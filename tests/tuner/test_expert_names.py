@@ -3,9 +3,9 @@
 import pytest
 import torch
 from conftest import tiny_llama
+from mixtures import EXPERTS, moe_config, tiny
 from peft import PeftModel
 from safetensors.torch import save_file
-from test_experts import EXPERTS, moe_config, tiny
 from torch import nn
 
 from gralora import GraloraConfig, get_peft_model

@@ -7,8 +7,8 @@ import torch
 from accelerate import cpu_offload
 from conftest import assert_same_bits, weights_of
 from contract import LayerContract, assert_near, layer_of
+from mixtures import MODELS, Block, moe_config, tiny, with_dense_updates
 from peft import PeftModel
-from test_experts import MODELS, Block, moe_config, tiny, with_dense_updates
 from torch import nn
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
