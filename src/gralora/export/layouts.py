@@ -48,7 +48,11 @@ def linear_refusal(adapter: Adapter, program: str) -> str | None:
     other = next((layer for layer in adapter.layers.values() if layer.kind != "linear"), None)
     if other is None:
         return None
-    what = "a stack of experts" if other.experts else {"conv": "a convolution", "embedding": "an embedding"}.get(other.kind)
+    what = (
+        "a stack of experts"
+        if other.experts
+        else {"conv": "a convolution", "embedding": "an embedding"}.get(other.kind)
+    )
     return (
         f"{other.weight!r} cannot be exported for {program}, which takes LoRA on linear layers; it is "
         f"{what or 'another parameter'}. Merge the adapter into the model with `gralora merge`."

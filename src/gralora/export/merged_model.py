@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from gralora import pretrained
 from gralora.checks import dtype_named
@@ -20,6 +20,7 @@ from gralora.files.atomic import appearing, check_output
 from gralora.files.checkpoint import open_adapter
 from gralora.tuner.layer import GraloraLayer, gralora_layers
 from gralora.tuner.merging.quantised import dequantised
+from gralora.tuner.parameters import ParameterLayer
 
 _MODEL_MARKS = (("config.json", "*.safetensors"),)
 _SAMPLES = 3
@@ -74,6 +75,13 @@ class MergeReport:
     requantisation: dict[str, float] = field(default_factory=dict)
 
 
+class Sample(NamedTuple):
+    """An exact merged weight, or of a stack the one of an expert."""
+
+    values: Tensor
+    expert: int | None
+
+
 def merge_to_folder(
     options: MergeOptions, on_layer: Callable[[int, int], None] = lambda done, total: None
 ) -> MergeReport:
@@ -125,7 +133,7 @@ def merge_to_folder(
     with appearing(output) as folder, _config_last(plain, folder):
         plain.save_pretrained(folder)
         report.tokenizer = _save_tokenizer(folder, adapters[0], base.location)
-        _compare(folder, samples, report)
+        _compare(folder, plain, samples, report)
     return report
 
 
@@ -212,8 +220,8 @@ def _merge_layers(
     requantize: bool,
     report: MergeReport,
     on_layer: Callable[[int, int], None],
-) -> dict[str, Tensor]:
-    """Merge layer by layer, and return the exact weights of some layers in float32."""
+) -> dict[str, Sample]:
+    """Merge layer by layer, and return the exact weights of some layers in float32, by the names of parameters."""
     order = list(layers)
     sampled = {order[i * (len(order) - 1) // max(1, _SAMPLES - 1)] for i in range(_SAMPLES)} if order else set()
     samples = {}
@@ -222,22 +230,26 @@ def _merge_layers(
         exact = _exact(layer, here) if requantize or name in sampled else None
         layer.merge(safe_merge=True, adapter_names=here, keep_base=False)
         if requantize and exact is not None:
-            error = dequantised(layer).float() - exact
-            report.requantisation[name] = float(error.norm() / exact.norm())
+            error = dequantised(layer).float() - exact.values
+            report.requantisation[name] = float(error.norm() / exact.values.norm())
         elif exact is not None:
-            samples[name] = exact
+            weight = layer.weight_name(name)
+            samples[weight if isinstance(layer, ParameterLayer) else f"{weight}.weight"] = exact
         on_layer(number, len(layers))
     return samples
 
 
-def _exact(layer: GraloraLayer, names: list[str]) -> Tensor:
-    """Return base + Δ in float32, in the shape of the stored weight."""
-    quantised = layer.quantization_backend is not None
-    weight = dequantised(layer) if quantised else layer.get_base_layer().weight.detach()
-    total = weight.float()
+def _exact(layer: GraloraLayer, names: list[str]) -> Sample:
+    """Return base + Δ in float32, in the shape of the stored weight; of a stack, one matrix in its middle."""
+    expert = layer.experts[0] // 2 if layer.experts else None
+    if layer.quantization_backend is not None:
+        total = dequantised(layer).float()
+    else:
+        ref = layer.weight_ref()._replace(expert=expert)
+        total = ref.in_parameter(cast(Tensor, ref.parameter)).detach().float()
     for name in names:
-        total = total + layer.get_delta_weight(name)
-    return total
+        total = total + layer.get_delta_weight(name, expert)
+    return Sample(total, expert)
 
 
 def _save_tokenizer(folder: Path, adapter: Path, base: str) -> bool:
@@ -255,12 +267,18 @@ def _save_tokenizer(folder: Path, adapter: Path, base: str) -> bool:
     return False
 
 
-def _compare(folder: Path, samples: dict[str, Tensor], report: MergeReport) -> None:
+def _compare(folder: Path, plain: PreTrainedModel, samples: dict[str, Sample], report: MergeReport) -> None:
     """Read the sampled weights back and note the largest deviation from their exact values."""
+    found: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as stored:
-            for key in set(stored.keys()) & {f"{name}.weight" for name in samples}:
-                name = key.removesuffix(".weight")
-                difference = (stored.get_tensor(key).double() - samples[name].double()).abs().max()
-                report.deviation = max(report.deviation, float(difference))
-                report.sampled.append(name)
+            found |= {key: stored.get_tensor(key) for key in set(stored.keys()) & samples.keys()}
+    if converted := samples.keys() - found.keys():  # transformers writes the experts of some models one by one
+        plain.to("meta")
+        again = type(plain).from_pretrained(folder, config=plain.config, dtype="auto")
+        found |= {key: again.get_parameter(key).detach() for key in converted}
+    for key, sample in samples.items():
+        weight = found[key] if sample.expert is None else found[key][sample.expert]
+        difference = (weight.double() - sample.values.double()).abs().max()
+        report.deviation = max(report.deviation, float(difference))
+        report.sampled.append(key.removesuffix(".weight"))

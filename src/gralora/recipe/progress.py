@@ -155,7 +155,14 @@ class ConsoleReporter(Reporter):
 
 @contextmanager
 def quiet_libraries(reporter: Reporter) -> Iterator[None]:
-    """Suppress progress bars, logs and deprecations of the libraries; turn other warnings into notes."""
+    """Suppress progress bars, logs and deprecations of the libraries; turn other warnings into notes, each once."""
+    noted: set[str] = set()
+
+    def note(message: Warning | str, *_: Any) -> None:
+        if (text := str(message)) not in noted:
+            noted.add(text)
+            reporter.note(f"note: {text}")
+
     loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
     levels = [logger.level for logger in loggers]
     bars = _bars()
@@ -163,7 +170,7 @@ def quiet_libraries(reporter: Reporter) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.showwarning = lambda message, *_: reporter.note(f"note: {message}")
+        warnings.showwarning = note
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         for module in bars:

@@ -254,16 +254,22 @@ class GraloraLayer(MergeableLayer):
             )
         )
 
-    def get_delta_weight(self, adapter_name: str) -> Tensor:
+    def get_delta_weight(self, adapter_name: str, expert: int | None = None) -> Tensor:
         """Return ΔW of one adapter, in the shape in which the base stores its weight.
 
         Computed in float32 whatever the parameters are, in float64 for float64, outside autocast.
+
+        Args:
+            adapter_name: Name of the adapter.
+            expert: Which matrix of a stack to return; all by default.
         """
         with pinned_numerics():
             part, ref = self.part(adapter_name), self.weight_ref()
             dtype = delta_dtype(part.factors.A.dtype)
             if not self.experts:
                 return ref.stored(delta([part], dtype)[:, : self.in_features])
+            if expert is not None:
+                return ref.stored(delta([part.expert(expert)], dtype))
             return torch.stack([ref.stored(delta([part.expert(e)], dtype)) for e in range(*self.experts)])
 
     def part(self, adapter_name: str) -> Part:
