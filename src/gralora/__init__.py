@@ -9,6 +9,7 @@ from peft import PeftModel, get_peft_model
 from gralora.export import to_lora
 from gralora.importing import from_lora
 from gralora.tuner.config import GraloraConfig
+from gralora.tuner.kinds import register_kind, unregister_kind
 from gralora.tuner.layer import GraloraLayer
 from gralora.tuner.model import GraloraModel, rescale_adapter_scale
 from gralora.tuner.registration import register, unregister
@@ -22,9 +23,11 @@ __all__ = [
     "from_lora",
     "get_peft_model",
     "register",
+    "register_kind",
     "rescale_adapter_scale",
     "to_lora",
     "unregister",
+    "unregister_kind",
 ]
 
 register()

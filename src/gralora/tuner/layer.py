@@ -236,6 +236,13 @@ class GraloraLayer(MergeableLayer):
         offload = getattr(self.get_base_layer(), "_hf_hook", None)
         self._move_adapter_to_device_of_base_layer(adapter_name, device=getattr(offload, "execution_device", None))
 
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+        # PEFT looks for a weight of that name only.
+        parameter = self.weight_ref().parameter if self.quantization_backend is None else None
+        if parameter is None:
+            return super()._get_base_layer_device_and_dtype(base_layer)
+        return parameter.device, parameter.dtype
+
     def has_adapter(self, adapter_name: str) -> bool:
         """Return whether this layer has an adapter of that name."""
         return adapter_name in self.gralora_A

@@ -154,10 +154,6 @@ class ParameterLayer(GraloraLayer):
 
         return forward
 
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        parameter: Any = self.weight_ref().parameter
-        return parameter.device, parameter.dtype
-
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
