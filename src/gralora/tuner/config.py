@@ -25,6 +25,7 @@ EXTRA_FIELDS = (
     "trainable_token_indices",
     "target_parameters",
     "layer_kinds",
+    "layer_replication",
 )
 ALL_LINEAR = "all-linear"
 
@@ -107,6 +108,8 @@ class GraloraConfig(PeftConfig):
             `"all-linear"` adds those of experts. All adapters on a module must name the same of its parameters.
         layer_kinds: Set when the adapter is injected: what the tensors of layers that are not linear do not tell,
             by the name of the layer, so that the adapter can be read without its base model.
+        layer_replication: Ranges `[start, stop]` of layers, stacked in this order in place of the model's, each with an
+            adapter of its own over shared weights, as in PEFT's LoRA.
         use_rslora: Scale by `alpha / sqrt(r + hybrid_r)` (Kalajdzievski, arXiv 2312.03732).
         trainable_token_indices: Rows of the embedding to train beside the adapter, as in PEFT's LoRA.
 
@@ -140,6 +143,7 @@ class GraloraConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     target_parameters: list[str] | None = None
     layer_kinds: dict[str, dict[str, Any]] | None = None
+    layer_replication: list[tuple[int, int]] | None = None
     is_registered: ClassVar[bool] = False  # whether PEFT uses our tuner
 
     def __post_init__(self) -> None:
@@ -304,6 +308,14 @@ class GraloraConfig(PeftConfig):
                 "`target_parameters` must be a list of names, such as 'experts.gate_up_proj'; "
                 f"got target_parameters={parameters!r}."
             )
+        ranges: Any = self.layer_replication
+        if ranges is not None:
+            if not (isinstance(ranges, list | tuple) and all(_is_range(pair) for pair in ranges)):
+                raise ValueError(
+                    "`layer_replication` must be a list of ranges [start, stop] of layers; got "
+                    f"layer_replication={ranges!r}."
+                )
+            self.layer_replication = [(start, stop) for start, stop in ranges]  # JSON has lists
         kinds: Any = self.layer_kinds
         if kinds is not None and not (
             isinstance(kinds, dict)
@@ -321,6 +333,10 @@ class GraloraConfig(PeftConfig):
             raise ValueError(
                 f"`layers_pattern` must come with `layers_to_transform`; got layers_pattern={self.layers_pattern!r}."
             )
+
+
+def _is_range(pair: Any) -> bool:
+    return isinstance(pair, list | tuple) and len(pair) == 2 and all(type(end) is int for end in pair)
 
 
 def divisors(number: int) -> list[int]:

@@ -12,7 +12,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from gralora.checks import is_number
-from gralora.tuner import expert_names, saving, targets, tensor_parallel
+from gralora.tuner import expert_names, replication, saving, targets, tensor_parallel
 from gralora.tuner.config import GraloraConfig
 from gralora.tuner.layer import GraloraLayer, gralora_layers
 from gralora.tuner.merging.dense import agreed
@@ -54,9 +54,11 @@ class GraloraModel(BaseTuner):
         """
         # A plain assignment, not an item of `other_param_names`: BaseTuner offers no way to pass it on.
         self._create_on_meta = low_cpu_mem_usage
-        with _all_or_nothing(model, self.peft_config, adapter_name):
+        with replication.settings_restored(model), _all_or_nothing(model, self.peft_config, adapter_name):
             config = self.peft_config[adapter_name] = GraloraConfig.adopt(self.peft_config[adapter_name])
             model_type = self.get_model_config(model).get("model_type")
+            others: Any = [other for name, other in self.peft_config.items() if name != adapter_name]
+            replication.replicate(model, config, others)
             expert_names.rewrite_targets(config, model, model_type)
             asked, all_linear = config.target_modules, config.asks_for_all_linear
             if config.target_modules is None and config.target_parameters:
@@ -215,10 +217,13 @@ class GraloraModel(BaseTuner):
 
     def _unload(self, merge: bool, progressbar: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
         tied = self.get_model_config(self.model).get("tie_word_embeddings")
+        replicated = any(getattr(config, "layer_replication", None) for config in self.peft_config.values())
         with self._knowing_places(self.model):
             model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if tied and not self.get_model_config(model).get("tie_word_embeddings"):
             _untie(model)
+        if merge and replicated:
+            replication.give_own_weights(model)
         return model
 
     def unload_merged(self, adapter_names: list[str]) -> nn.Module:
