@@ -27,6 +27,8 @@ from gralora.tuner import blocks, svd
 from gralora.tuner.blocks import Factors
 from gralora.tuner.numerics import threads_for
 
+_FOR_PEFT = "`target='peft'`"
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraOptions:
@@ -133,6 +135,12 @@ def convert(adapter: Adapter, options: LoraOptions) -> LoraExport:
 
 def serving_refusal(adapter: Adapter) -> str | None:
     """Return why programs that serve LoRA cannot take the adapter: it has more than factors. None if they can."""
+    if adapter.config.ensure_weight_tying:
+        return (
+            "An adapter to be served as LoRA must not tie layers; got ensure_weight_tying=True: programs would put it "
+            "on the embedding alone. Merge it into the model with `gralora merge`, or export it for PEFT with "
+            f"{_FOR_PEFT}."
+        )
     if not (adapter.extras or adapter.config.modules_to_save):
         return None
     if adapter.config.trainable_token_indices:
@@ -145,7 +153,7 @@ def serving_refusal(adapter: Adapter) -> str | None:
         got = f"also {adapter.extras[0]!r}" + (f" and {len(adapter.extras) - 1} more" if adapter.extras[1:] else "")
     return (
         f"An adapter to be served as LoRA must hold factors alone; got {got} in {adapter.where!r}. Merge it into the "
-        "model with `gralora merge`, or export it for PEFT with `target='peft'`."
+        f"model with `gralora merge`, or export it for PEFT with {_FOR_PEFT}."
     )
 
 

@@ -58,6 +58,8 @@ def _further(adapter: Adapter, experts: Experts) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     if tokens := adapter.config.trainable_token_indices:
         fields["trainable_token_indices"] = tokens
+    if adapter.config.ensure_weight_tying:
+        fields["ensure_weight_tying"] = True
     stacks = [layer.weight for layer in adapter.layers.values() if layer.kind == "parameter"]
     if experts == "stacked" and stacks:
         fields["target_parameters"] = adapter.config.target_parameters or stacks

@@ -26,6 +26,7 @@ EXTRA_FIELDS = (
     "target_parameters",
     "layer_kinds",
     "layer_replication",
+    "ensure_weight_tying",
 )
 ALL_LINEAR = "all-linear"
 
@@ -110,6 +111,8 @@ class GraloraConfig(PeftConfig):
             by the name of the layer, so that the adapter can be read without its base model.
         layer_replication: Ranges `[start, stop]` of layers, stacked in this order in place of the model's, each with an
             adapter of its own over shared weights, as in PEFT's LoRA.
+        ensure_weight_tying: Adapt an output layer that is tied to the input embedding with the embedding's own
+            factors, if either is a target, as in PEFT's LoRA.
         use_rslora: Scale by `alpha / sqrt(r + hybrid_r)` (Kalajdzievski, arXiv 2312.03732).
         trainable_token_indices: Rows of the embedding to train beside the adapter, as in PEFT's LoRA.
 
@@ -144,6 +147,7 @@ class GraloraConfig(PeftConfig):
     target_parameters: list[str] | None = None
     layer_kinds: dict[str, dict[str, Any]] | None = None
     layer_replication: list[tuple[int, int]] | None = None
+    ensure_weight_tying: bool = False
     is_registered: ClassVar[bool] = False  # whether PEFT uses our tuner
 
     def __post_init__(self) -> None:
@@ -283,7 +287,7 @@ class GraloraConfig(PeftConfig):
             raise ValueError(f"`gralora_dropout` must be in [0, 1); got gralora_dropout={self.gralora_dropout!r}.")
         if self.bias not in ("none", "all", "gralora_only"):
             raise ValueError(f"`bias` must be 'none', 'all' or 'gralora_only'; got bias={self.bias!r}.")
-        for name in ("init_weights", "use_rslora", "fan_in_fan_out"):
+        for name in ("init_weights", "use_rslora", "fan_in_fan_out", "ensure_weight_tying"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be True or False; got {name}={getattr(self, name)!r}.")
         for name in ("rank_pattern", "k_pattern", "alpha_pattern"):

@@ -23,6 +23,23 @@ class Factor(nn.Module):
         return weight if type(weight) is nn.Parameter else weight.clone()
 
 
+class TransposedFactor(nn.Module):
+    """Module that returns the transposed tensor of another holder, and has no parameter of its own."""
+
+    def __init__(self, source: Factor) -> None:
+        super().__init__()
+        self._source = (source,)  # in a tuple, where torch does not look for modules
+
+    @property
+    def weight(self) -> Tensor:
+        """The transposed tensor, a view."""
+        return self._source[0].weight.mT
+
+    def forward(self) -> Tensor:
+        """Return the transposed tensor; the other holder is called, so that its hooks run."""
+        return self._source[0]().mT
+
+
 class FactorDict(nn.ModuleDict):
     """Adapter name to parameter, stored as `Factor` modules.
 
@@ -38,6 +55,8 @@ class FactorDict(nn.ModuleDict):
         if isinstance(value, nn.Module):
             super().__setitem__(key, value)
             return
+        if isinstance(self._modules.get(key), TransposedFactor):
+            return  # PEFT moves and casts every holder; this one follows the other
         requires_grad = self[key].requires_grad if key in self else value.requires_grad
         if key not in self:
             super().__setitem__(key, Factor(value.detach()))

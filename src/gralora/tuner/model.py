@@ -12,7 +12,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from gralora.checks import is_number
-from gralora.tuner import expert_names, replication, saving, targets, tensor_parallel
+from gralora.tuner import expert_names, replication, saving, targets, tensor_parallel, tying
 from gralora.tuner.config import GraloraConfig
 from gralora.tuner.layer import GraloraLayer, gralora_layers
 from gralora.tuner.merging.dense import agreed
@@ -73,6 +73,11 @@ class GraloraModel(BaseTuner):
                     config.target_parameters = targets.parameter_names_of(found, model)
                 elif isinstance(asked, set) and state_dict is None:
                     targets.warn_of_unmatched_names(asked, places, config, model)
+                tied = self._get_module_names_tied_with_embedding() if config.ensure_weight_tying else []
+                outputs = [name.removesuffix(".base_layer") for name in tied]
+                if outputs:
+                    embedding = targets.input_embedding(model, places)
+                    found = tying.tied_targets(model, found, outputs, embedding, config)
                 for target in found:
                     targets.check_target(target, found, config, model, model_type)
                 targets.check_trained_whole(model, config)
@@ -84,6 +89,8 @@ class GraloraModel(BaseTuner):
                     targets.warn_of_unused_settings(config, found, places, model)
                 with _without_warnings_of_unused_settings():
                     super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            if outputs:
+                tying.tie_outputs(model, outputs, adapter_name)
             layers = {name: layer for name, layer in gralora_layers(model).items() if layer.has_adapter(adapter_name)}
             config.layer_kinds = {name: record for name, layer in layers.items() if (record := layer.record())} or None
             self._mark_shared_weights()
@@ -240,6 +247,9 @@ class GraloraModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         """Do nothing: tied weights need no warning, since a merge gives the adapted module its own parameter."""
+
+    def _add_targets_to_tie(self, peft_config: GraloraConfig, tied_weight_keys: list[str]) -> None:
+        """Do nothing: what is tied was found before."""
 
     def _check_target_module_compatiblity(self, peft_config: GraloraConfig, model: nn.Module, target_name: str) -> None:
         """Do nothing: every target was checked before the first one was changed."""

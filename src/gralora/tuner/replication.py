@@ -83,14 +83,12 @@ def give_own_weights(model: nn.Module) -> None:
 @contextmanager
 def settings_restored(model: nn.Module) -> Iterator[None]:
     """Put the settings in the model's config that depend on its layers back if the body raises."""
-    settings: Any = _settings_of(model)
-    before = {name: getattr(settings, name) for name in ("num_hidden_layers", *_PER_LAYER) if hasattr(settings, name)}
+    settings = getattr(_settings_of(model), "__dict__", {})
+    before = {name: settings[name] for name in ("num_hidden_layers", *_PER_LAYER) if name in settings}
     try:
         yield
     except BaseException:
-        for name, value in before.items():
-            if getattr(settings, name) is not value:
-                setattr(settings, name, value)
+        settings.update(before)
         raise
 
 

@@ -318,6 +318,13 @@ def find_targets(
     return found
 
 
+def input_embedding(model: nn.Module, places: Places) -> list[Target]:
+    """Return the input embedding of a model as a target."""
+    module: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+    base = module.get_base_layer() if isinstance(module, GraloraLayer) else module
+    return [Target(module, places.of(module), None, kind_for(base, None))]
+
+
 def _chosen_parameters(config: GraloraConfig, names: list[str], base: nn.Module) -> list[str]:
     """Return which parameters `config` chooses of the module `base` that is called `names`."""
     asked: Any = copy.copy(config)
