@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 from transformers import (
@@ -13,7 +14,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from gralora import GraloraConfig
+from gralora import GraloraConfig, get_peft_model
 from gralora.tuner.layer import gralora_layers
 
 SIZES = {
@@ -107,3 +108,15 @@ class Block(nn.Module):
 
     def forward(self, x):
         return self.layer(x, *routing(x))
+
+
+def save_mixture_and_adapter(folder, name="mixtral", **changes):
+    """Save a mixture as `base` and an adapter of its experts as `adapter` in `folder`, and return the tuned model."""
+    base = tiny(name, torch.float32)
+    base.save_pretrained(folder / "base")
+    settings = {"target_modules": ["q_proj"], "hybrid_r": 2} | changes
+    model = get_peft_model(base, moe_config(**settings)).eval()
+    model.peft_config["default"].base_model_name_or_path = str(folder / "base")
+    with pytest.warns(UserWarning, match="This adapter uses .*`layer_kinds`"):
+        model.save_pretrained(folder / "adapter")
+    return model

@@ -2,6 +2,11 @@ import io
 
 import pytest
 from command_line import run
+from conftest import randomise
+from tiny_language_model import save_mixture
+from transformers import AutoModelForCausalLM
+
+from gralora import GraloraConfig, get_peft_model
 
 pytest_plugins = ["run_fixtures"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,3 +53,20 @@ def test_a_terminal_is_asked_for_the_prompt(adapter, capsys, monkeypatch):
 def test_usage_names_the_argument_as_errors_do(capsys):
     assert run("generate", "--help") == 0
     assert "ADAPTER" in capsys.readouterr().out.splitlines()[1]
+
+
+@pytest.mark.filterwarnings("ignore:This adapter uses `target_parameters`")
+def test_a_mixture_answers_as_its_merged_model(tmp_path, capsys):
+    base = save_mixture(tmp_path / "base")
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    config = GraloraConfig(r=4, target_modules=["q_proj"], target_parameters=targets)
+    model = randomise(get_peft_model(AutoModelForCausalLM.from_pretrained(base), config), std=0.5)
+    model.save_pretrained(tmp_path / "adapter")
+    assert run("merge", base, str(tmp_path / "adapter"), str(tmp_path / "merged")) == 0
+    answers = []
+    for arguments in ((base,), (str(tmp_path / "merged"), "--no-adapter"), (base, "--no-adapter")):
+        capsys.readouterr()
+        prompt = ("--prompt", "say 1", "--max-new-tokens", "8")
+        assert run("generate", str(tmp_path / "adapter"), "--model", *arguments, *prompt) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != answers[2]

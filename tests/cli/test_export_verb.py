@@ -11,6 +11,7 @@ from adapters import (
     truncated,
 )
 from conftest import tiny_llama
+from mixtures import save_mixture_and_adapter
 
 
 @pytest.fixture
@@ -75,3 +76,35 @@ def test_bad_options_end_with_status_2(arguments, message, folder, tmp_path, cap
     assert code == 2
     assert message in err
     assert not (tmp_path / "out.gguf").exists()
+
+
+def test_export_says_how_experts_are_declared(tmp_path, capsys):
+    save_mixture_and_adapter(tmp_path)
+    code, out, _ = run(
+        capsys, "export", tmp_path / "adapter", tmp_path / "lora", "--base", "org/base", "--name", "mine"
+    )
+    assert code == 0
+    assert "wrote" in out and "LoRA of rank 10 on 6 weights" in out
+    module = f'{{"name": "mine", "path": "{tmp_path}/lora", "is_3d_lora_weight": true}}'
+    assert f"--enable-mixed-moe-lora-format --lora-modules '{module}' --max-lora-rank 16" in out
+    assert "SGLang     cannot serve it: it leaves out stacked experts; `--experts per-expert` writes" in out
+    assert "llama-server -m BASE.gguf --lora OUT.gguf" in out
+    code, out, _ = run(capsys, "export", tmp_path / "adapter", tmp_path / "each", "--experts", "per-expert")
+    assert code == 0
+    assert '"is_3d_lora_weight": false}' in out
+    assert "sglang.launch_server" in out
+    assert read_config(tmp_path / "each")["target_modules"] == ["q_proj", "w1", "w2", "w3"]
+
+
+def test_diffusers_files_hold_no_experts(tmp_path, capsys):
+    save_mixture_and_adapter(tmp_path)
+    export = ("export", tmp_path / "adapter", tmp_path / "out", "--format", "diffusers")
+    code, _, err = run(capsys, *export)
+    assert code == 2
+    assert (
+        "cannot be exported to this format: it holds adapters of linear layers, convolutions only; got experts" in err
+    )
+    code, _, err = run(capsys, *export, "--experts", "stacked")
+    assert code == 2
+    assert "must not be given for diffusers; got --experts 'stacked'" in err
+    assert not (tmp_path / "out").exists()

@@ -3,7 +3,12 @@ import os
 import pytest
 import torch
 from adapters import TOKENS, edit_tensors, run, save_base_and_adapter, truncated, tuned_base
+from conftest import randomise, tiny_llama
+from mixtures import MODELS, save_mixture_and_adapter
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+from gralora import GraloraConfig, get_peft_model
 
 
 @pytest.fixture
@@ -88,4 +93,38 @@ def test_a_damaged_adapter_or_base_is_named(folders, merge):
     status, _, err = merge()
     assert status == 2
     assert "must be a whole safetensors file" in err
+    assert not (folders / "out").exists()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_experts_are_merged_into_the_layout_of_the_base(name, tmp_path, capsys):
+    targets = ["kv_b_proj"] if name == "deepseek_v3" else ["q_proj"]
+    model = save_mixture_and_adapter(tmp_path, name, target_modules=targets)
+    status, out, _ = run(capsys, "merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert status == 0
+    assert " 3 layers read back: 0.00e+00" in out
+    written = [load_file(next((tmp_path / part).glob("*.safetensors"))) for part in ("base", "out")]
+    assert {key: t.shape for key, t in written[0].items()} == {key: t.shape for key, t in written[1].items()}
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(plain(TOKENS).logits, model(TOKENS).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied")
+def test_an_embedding_is_merged_and_untied(tmp_path, capsys):
+    base = tiny_llama(tie_word_embeddings=True)
+    base.save_pretrained(tmp_path / "base")
+    model = randomise(get_peft_model(base, GraloraConfig(r=4, target_modules=["embed_tokens"]))).eval()
+    with pytest.warns(UserWarning, match="This adapter uses `layer_kinds`"):
+        model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    assert run(capsys, "merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out")[0] == 0
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(plain(TOKENS).logits, model(TOKENS).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_merge_of_which_nothing_can_be_read_back_fails(folders, merge, monkeypatch):
+    monkeypatch.setattr("gralora.export.merged_model.revert_weight_conversion", lambda model, tensors: {})
+    status, _, err = merge()
+    assert status != 0
+    assert "Nothing was written: none of 'model.layers." in err
     assert not (folders / "out").exists()

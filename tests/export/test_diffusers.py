@@ -38,9 +38,15 @@ def denoise(unet):
     return unet(torch.randn(1, 4, 8, 8), 3, torch.randn(1, 5, 16)).sample
 
 
+LINEAR = ["to_q", "to_v", "to_out.0"]
+CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "proj_in"]
+
+
+@pytest.mark.filterwarnings("ignore:This adapter uses `layer_kinds`")
 @pytest.mark.parametrize("as_peft_model", [True, False])
-def test_diffusers_loads_the_export(as_peft_model, tmp_path):
-    config = GraloraConfig(r=8, hybrid_r=1, gralora_k=2, alpha=7, target_modules=["to_q", "to_v", "to_out.0"])
+@pytest.mark.parametrize("targets", [LINEAR, [*LINEAR, *CONVOLUTIONS]], ids=["linear", "convolutions"])
+def test_diffusers_loads_the_export(targets, as_peft_model, tmp_path):
+    config = GraloraConfig(r=8, hybrid_r=1, gralora_k=2, alpha=7, target_modules=targets)
     unet = tiny_unet()
     base = denoise(unet)
     if as_peft_model:

@@ -1,5 +1,3 @@
-import pytest
-
 from gralora.export import rank_warning
 from gralora.export.engines import gguf_engines, lora_engines, vllm_max_lora_rank
 
@@ -33,8 +31,24 @@ def test_serve_commands():
     assert gguf_engines(68, "org/base", "mine", "a b.gguf")[0].command == "llama-server -m BASE.gguf --lora 'a b.gguf'"
 
 
-@pytest.mark.parametrize(("experts", "words"), [("stacked", "is_3d_lora_weight"), ("per-expert", "without")])
-def test_vllm_is_told_how_experts_are_declared(experts, words):
-    (vllm,) = lora_engines(64, "base", "name", "out", experts)
-    assert vllm.command.startswith("vllm serve base --enable-lora")
-    assert words in vllm.note
+def test_experts_are_declared_to_vllm():
+    kinds = {"linear layers", "experts"}
+    stacked, sglang, llama_cpp = lora_engines(16, "org/base", "mine", "out", kinds)
+    module = '{"name": "mine", "path": "out", "is_3d_lora_weight": true}'
+    assert stacked.command == (
+        f"vllm serve org/base --enable-lora --enable-mixed-moe-lora-format --lora-modules '{module}' --max-lora-rank 16"
+    )
+    assert "believes `is_3d_lora_weight` without looking at the file" in stacked.note
+    assert (sglang.command, llama_cpp.reason) == (None, "")
+    each, sglang, _ = lora_engines(16, "org/base", "mine", "out", kinds, "per-expert")
+    assert '"is_3d_lora_weight": false' in each.command
+    assert "--lora-strict-loading" in sglang.note
+    unmarked, _, llama_cpp = lora_engines(16, "org/base", "mine", "out", {"transposed experts"})
+    assert unmarked.reason == "these experts are stored transposed; `--experts per-expert` writes what it reads"
+    assert llama_cpp.reason == "a GGUF adapter holds no transposed experts"
+
+
+def test_programs_that_are_not_known_to_take_a_kind_say_so():
+    vllm, sglang, llama_cpp = lora_engines(16, "org/base", "mine", "out", {"convolutions", "embeddings"})
+    assert vllm.reason == sglang.reason == "it is not known to take adapters of convolutions and embeddings"
+    assert llama_cpp.reason == "a GGUF adapter holds no convolutions"

@@ -9,7 +9,17 @@ import sys
 import pytest
 import torch
 from conftest import randomise, tiny_llama
+from mixtures import save_mixture_and_adapter
 from peft import PeftModel
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from gralora import GraloraConfig, get_peft_model, pretrained
 from gralora.export import LoraOptions, to_gguf
@@ -51,6 +61,12 @@ def speak(model, adapter, prompts, tokens):
     assert result.returncode == 0, result.stderr[-2000:]
     answers = json.loads(result.stdout.splitlines()[-1])
     return answers[::2], answers[1::2]
+
+
+def write_base_gguf(folder, file):
+    script = find_converter().with_name("convert_hf_to_gguf.py")
+    arguments = [str(folder), "--outfile", str(file), "--outtype", "f32"]
+    subprocess.run([sys.executable, str(script), *arguments], check=True, capture_output=True)
 
 
 @pytest.fixture(scope="module")
@@ -113,13 +129,7 @@ def test_llama_cpp_gives_the_tuned_answers(tuned, gguf_adapter):
 def test_llama_cpp_gives_the_log_probabilities_of_transformers(tuned, gguf_adapter, tmp_path):
     # float32, since llama.cpp rounds activations for quantised weights.
     base = tmp_path / "base.gguf"
-    script = find_converter().with_name("convert_hf_to_gguf.py")
-    folder = pretrained.resolve(pretrained.DEFAULT_MODEL, torch.float32).location
-    subprocess.run(
-        [sys.executable, str(script), folder, "--outfile", str(base), "--outtype", "f32"],
-        check=True,
-        capture_output=True,
-    )
+    write_base_gguf(pretrained.resolve(pretrained.DEFAULT_MODEL, torch.float32).location, base)
     (with_adapter,), (without,) = speak(base, gguf_adapter, tuned["prompts"][:1], 1)
     base.unlink()
     for spoken, expected in ((with_adapter, tuned["expected"]), (without, tuned["base"])):
@@ -129,6 +139,69 @@ def test_llama_cpp_gives_the_log_probabilities_of_transformers(tuned, gguf_adapt
         for token, value in likely.items():
             assert value == pytest.approx(float(expected[token]), abs=5e-4)
     assert (tuned["expected"] - tuned["base"]).abs().max() > 1
+
+
+def small_llama(**sizes):
+    return LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=48))
+
+
+def small_mixtral(**sizes):
+    return MixtralForCausalLM(MixtralConfig(**sizes, intermediate_size=64, num_local_experts=4, num_experts_per_tok=2))
+
+
+def small_qwen(**sizes):
+    config = Qwen3MoeConfig(
+        **sizes, head_dim=16, moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True
+    )
+    return Qwen3MoeForCausalLM(config)
+
+
+STACKS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+@pytest.mark.filterwarnings("ignore:This adapter uses `")
+@pytest.mark.parametrize(
+    ("make", "targets"),
+    [
+        (small_llama, {"target_modules": ["embed_tokens", "q_proj"]}),
+        (small_mixtral, {"target_modules": ["q_proj"], "target_parameters": STACKS}),
+        (small_qwen, {"target_modules": [], "target_parameters": [*STACKS, "gate.weight"]}),
+    ],
+    ids=["embedding", "mixtral", "qwen"],
+)
+def test_llama_cpp_adapts_embeddings_and_experts(make, targets, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(pretrained.resolve(pretrained.DEFAULT_MODEL, torch.float32).location)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = make(**sizes, vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    tuned = randomise(get_peft_model(model, GraloraConfig(r=4, hybrid_r=2, **targets)), 0.3)
+    tuned.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    to_gguf(tmp_path / "adapter", tmp_path / "adapter.gguf", LoraOptions())
+    write_base_gguf(tmp_path / "base", tmp_path / "base.gguf")
+    ids = tokenizer("a parcel that never came")["input_ids"]
+    (with_adapter,), (without,) = speak(tmp_path / "base.gguf", tmp_path / "adapter.gguf", [ids], 1)
+    with torch.no_grad():
+        expected = tuned(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        with tuned.disable_adapter():
+            base = tuned(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+    for spoken, wanted in ((with_adapter, expected), (without, base)):
+        for token, value in spoken["logprobs"].items():
+            assert value == pytest.approx(float(wanted[int(token)]), abs=5e-4)
+    assert (expected - base).abs().max() > 0.1
+
+
+@pytest.mark.filterwarnings("ignore:This adapter uses `")
+@pytest.mark.parametrize("name", ["gpt_oss", "llama4"])
+def test_experts_that_the_converter_does_not_know_are_refused(name, tmp_path):
+    save_mixture_and_adapter(tmp_path, name)
+    with pytest.raises((RuntimeError, ValueError), match=r"gralora merge|converter failed, nothing was"):
+        to_gguf(tmp_path / "adapter", tmp_path / "out.gguf", LoraOptions())
+    assert not (tmp_path / "out.gguf").exists()
 
 
 @pytest.fixture
@@ -213,7 +286,7 @@ def test_a_converter_that_drops_layers_is_caught(tiny, tmp_path):
         "save_file({k: v for k, v in tensors.items() if '.0.mlp' not in k}, file)\n"
         f"sys.exit(subprocess.run([sys.executable, {str(real)!r}, *sys.argv[1:]]).returncode)\n"
     )
-    with pytest.raises(RuntimeError, match="wrote 3 of 4 adapted layers"):
+    with pytest.raises(RuntimeError, match="wrote 3 of 4 adapted weights"):
         to_gguf(tiny, tmp_path / "out.gguf", LoraOptions(), llama_cpp=checkout)
     assert not (tmp_path / "out.gguf").exists()
 

@@ -7,7 +7,7 @@ from adapters import edit_tensors, save_adapter
 from gralora import to_lora
 from gralora.export import write
 from gralora.export.convert import LoraOptions
-from gralora.export.lora import folder_writer
+from gralora.export.lora import write_folder
 from gralora.export.verify import open_lora
 
 
@@ -69,7 +69,7 @@ def test_a_move_that_fails_puts_the_old_one_back(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_compared_too(dtype, folder, tmp_path):
     def write_wrong(adapter, export, hidden):
-        folder_writer()(adapter, export, hidden)
+        write_folder(adapter, export, hidden)
         edit_tensors(hidden, lambda tensors: {key: tensor * 1.02 for key, tensor in tensors.items()})
         return open_lora(hidden)
 

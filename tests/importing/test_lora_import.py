@@ -13,9 +13,12 @@ from adapters import (
     read_config,
     save_adapter,
 )
-from conftest import tiny_gpt2, tiny_llama
-from peft import PeftModel, get_peft_model_state_dict
+from conftest import randomise, tiny_gpt2, tiny_llama
+from mixtures import EXPERTS, MODELS, tiny
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import get_peft_model as get_any_peft_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from gralora import from_lora, to_lora
 from gralora.tuner.layer import gralora_layers
@@ -146,3 +149,79 @@ def test_a_damaged_lora_is_refused(tmp_path, folder):
         from_lora(tmp_path / "lora")
     with pytest.raises(ValueError, match="must hold a LoRA adapter; its config says peft_type='GRALORA'"):
         from_lora(folder)
+
+
+def lora_of_experts(name, **changes):
+    settings = {"r": 4, "lora_alpha": 6, "target_parameters": list(EXPERTS)} | changes
+    settings.setdefault("target_modules", ["kv_b_proj"] if name == "deepseek_v3" else ["q_proj"])
+    return randomise(get_any_peft_model(tiny(name), LoraConfig(**settings)), 0.2).eval()
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match")  # though PEFT uses them
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("arguments", [{"k": 2}, {"k": 4, "hybrid": True}], ids=["blocks", "hybrid"])
+def test_a_lora_of_experts_becomes_a_gralora_of_the_same_map(name, arguments, tmp_path):
+    changes = {} if arguments.get("hybrid") else {"rank_pattern": {"experts.down_proj": 2}}
+    model = lora_of_experts(name, **changes)
+    model.save_pretrained(tmp_path / "lora")
+    adapter = from_lora(tmp_path / "lora", tmp_path / "gralora", **arguments)
+    assert {record["parameter"] for record in adapter.config["layer_kinds"].values()} == {"gate_up_proj", "down_proj"}
+    loaded = PeftModel.from_pretrained(tiny(name), tmp_path / "gralora").eval()
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+        torch.testing.assert_close(loaded(TOKENS).logits, expected, atol=1e-6, rtol=1e-6)
+        assert not torch.allclose(tiny(name)(TOKENS).logits, expected, atol=1e-3)
+    to_lora(tmp_path / "gralora", tmp_path / "again")
+    again = PeftModel.from_pretrained(tiny(name), tmp_path / "again").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(TOKENS).logits, expected, atol=1e-6, rtol=1e-6)
+    with pytest.raises(ValueError, match="it was imported from a LoRA, which does not tell how gate and up are stored"):
+        to_lora(tmp_path / "gralora", experts="per-expert")
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("targets", [["gate.weight"], ["down_proj", "gate.weight"], ["gate_up_proj", "down_proj"]])
+def test_parameters_are_found_by_any_of_their_names(targets, tmp_path):
+    model = lora_of_experts("mixtral", target_parameters=targets, target_modules=[])
+    from_lora(model, tmp_path / "gralora")
+    loaded = PeftModel.from_pretrained(tiny("mixtral"), tmp_path / "gralora").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(TOKENS).logits, model(TOKENS).logits, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
+def test_a_lora_of_transformers_4_is_refused_with_a_way_out_that_works(tmp_path):
+    ours = lora_of_experts("mixtral")
+    from_lora(ours, tmp_path / "gralora")
+    tuned = PeftModel.from_pretrained(tiny("mixtral"), tmp_path / "gralora").eval()
+    to_lora(tuned, tmp_path / "old", experts="per-expert")
+    with pytest.raises(
+        ValueError, match=r"adapts 'model.layers.0.block_sparse_moe.experts.0.w1', a layer of a single expert"
+    ):
+        from_lora(tmp_path / "old")
+    loaded = PeftModel.from_pretrained(tiny("mixtral"), tmp_path / "old")
+    loaded.save_pretrained(tmp_path / "new")
+    from_lora(tmp_path / "new", tmp_path / "again", k=2)
+    again = PeftModel.from_pretrained(tiny("mixtral"), tmp_path / "again").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(TOKENS).logits, ours(TOKENS).logits, atol=1e-6, rtol=1e-6)
+
+
+def test_parameters_whose_order_is_not_known_are_refused(tmp_path):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4, 4))
+
+    model = nn.ModuleDict({"two": Two()})
+    config = LoraConfig(target_modules=[], target_parameters=["two.first", "two.second"])
+    with pytest.raises(ValueError, match=r"must name the 2 adapted parameters of 'two', and several only of experts"):
+        from_lora(get_any_peft_model(model, config))
+
+
+def test_a_lora_of_attention_is_refused():
+    model = get_any_peft_model(nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)}), LoraConfig(target_modules="attn"))
+    with pytest.raises(ValueError, match=r"A LoRA of attention modules cannot be converted; got 'attn.base_layer"):
+        from_lora(model)

@@ -1,4 +1,5 @@
 import pytest
+from mixtures import save_mixture_and_adapter
 
 from gralora.report import inspect
 from gralora.report.plot import plot
@@ -17,3 +18,11 @@ def test_pictures(adapter_folder, base_folder, tmp_path, suffix):
     with pytest.raises(ValueError, match=r"`layer` must be an adapted one; got layer='nowhere'. The first is 'model"):
         plot(report, tmp_path / "new.png", layer="nowhere")
     assert not (tmp_path / "new.png").exists()
+
+
+def test_a_picture_of_experts(tmp_path):
+    save_mixture_and_adapter(tmp_path)
+    report = inspect(tmp_path / "adapter")
+    text = plot(report, tmp_path / "p.svg", layer="model.layers.1.mlp.experts.down_proj").read_text()
+    for label in ("gate_up_proj", "down_proj", "q_proj", "model.layers.1.mlp.experts.down_proj (4 experts)"):
+        assert f"<!-- {label} -->" in text

@@ -27,13 +27,18 @@ def export(
     name: Annotated[str | None, option("Name of the adapter in requests.", default="name of the folder")] = None,
     base: Annotated[str | None, option("Base model.", default="the one that the adapter names")] = None,
     llama_cpp: Annotated[str | None, option("Checkout of llama.cpp.", default="the installed package")] = None,
+    experts: Annotated[
+        str | None,
+        option(
+            "How LoRA holds the experts of a mixture. stacked: as PEFT does, for PEFT, and for vLLM where it takes "
+            "such files. per-expert: under the names of transformers 4 (gate_proj, up_proj, down_proj; w1, w3, w2 for "
+            "Mixtral and MiniMax), for vLLM and SGLang, and for PEFT with models whose experts it renames.",
+            default="stacked",
+        ),
+    ] = None,
     component: Annotated[
         str | None, option("Component of a diffusers pipeline: unet, transformer or a text encoder.")
     ] = None,
-    experts: Annotated[
-        str,
-        option("stacked, as PEFT writes target_parameters, or per-expert, a layer for each expert.", default="stacked"),
-    ] = "stacked",
     overwrite: Annotated[bool, option("Replace an export at OUTPUT.", "--overwrite")] = False,
 ) -> None:
     """Write an adapter as LoRA, for vLLM, SGLang, llama.cpp, diffusers and others.
@@ -49,26 +54,26 @@ def export(
         max_error=max_error,
         per_layer=per_layer,
         target=target,
-        experts=experts,
     )
     if target not in chosen.targets:
         raise ValueError(f"`target` must be {' or '.join(chosen.targets)} for {format}; got target={target!r}.")
-    further = {"base": base, "llama_cpp": llama_cpp, "component": component}
+    further = {"base": base, "llama_cpp": llama_cpp, "component": component, "experts": experts}
     used = {*chosen.takes, *(("base",) if chosen.engines else ())}
     if unused := [name for name, value in further.items() if value is not None and name not in used]:
         raise ValueError(f"`{unused[0]}` must not be given for {format}; got {unused[0]}={further[unused[0]]!r}.")
     taken = {name: further[name] for name in chosen.takes}
     written = chosen.export(adapter, output, options, overwrite=overwrite, **taken)
     _print_errors(written)
-    print(f"wrote {output}: LoRA of rank {written.rank} on {len(written.layers)} modules")
+    print(f"wrote {output}: LoRA of rank {written.rank} on {len(written.layers)} weights")
     if chosen.engines and target == "serving":
         base = base or written.config["base_model_name_or_path"] or "BASE"
-        engines = chosen.engines(written.rank, base, name or Path(output).name, output, written.experts)
+        kinds = {layer.kind for layer in written.layers}
+        engines = chosen.engines(written.rank, base, name or Path(output).name, output, kinds, written.experts)
         for engine in engines:
             print(f"  {engine.name:10} {engine.command or f'cannot serve it: {engine.reason}'}")
             if engine.note:
-                print(f"  {'':10} {engine.note}")
-        if not all(engine.command for engine in engines):
+                print(f"             {engine.note}")
+        if written.rank > VLLM_RANKS[-1]:
             print(
                 f"  ways out: --max-rank {VLLM_RANKS[-1]} compresses the adapter; `gralora merge` merges it into the "
                 "model."
@@ -78,15 +83,16 @@ def export(
 def _print_errors(written: LoraExport) -> None:
     compressed = [layer for layer in written.layers if layer.kept < layer.rank]
     if compressed:
-        width = max(len(layer.weight) for layer in compressed)
+        width = max(len(layer.name) for layer in compressed)
         for layer in compressed:
-            ranks = f"rank {layer.rank} -> {layer.kept}"
-            print(f"  {layer.weight:{width}}  {ranks}  relative error {layer.relative_error:.3e}")
+            print(
+                f"  {layer.name:{width}}  rank {layer.rank} -> {layer.kept}  relative error {layer.relative_error:.3e}"
+            )
         print(f"compressed: relative error {written.relative_error:.3e} of the whole")
     worst = written.worst
     if worst and worst.measured:
         relative = max(layer.measured.relative for layer in written.layers if layer.measured)
         print(
-            f"read back: largest difference {worst.measured.largest:.2e}, at {worst.weight}; largest relative error "
-            f"of a layer {relative:.2e}"
+            f"read back: largest difference {worst.measured.largest:.2e}, at {worst.name}; largest relative error of a "
+            f"layer {relative:.2e}"
         )

@@ -41,11 +41,23 @@ def _print_table(report: Report) -> None:
 
     table = Table(box=None, pad_edge=False)
     table.add_column("target", overflow="fold")
-    for heading in ("r", "k", "scale", "‖ΔW‖", "‖ΔW‖/‖W‖", "eff. rank", "LoRA rank", "needed"):
+    has_experts = any(entry.experts for entry in report.layers)
+    for heading in (
+        *(("experts",) if has_experts else ()),
+        "r",
+        "k",
+        "scale",
+        "‖ΔW‖",
+        "‖ΔW‖/‖W‖",
+        "eff. rank",
+        "LoRA rank",
+        "needed",
+    ):
         table.add_column(heading, justify="right")
     for entry in report.layers:
         table.add_row(
-            f"{entry.target} ({entry.experts} experts)" if entry.experts else entry.target,
+            entry.target,
+            *((str(entry.experts or "-"),) if has_experts else ()),
             f"{entry.r}+{entry.hybrid_r}" if entry.hybrid_r else str(entry.r),
             str(entry.k),
             f"{entry.scale:g}",
@@ -57,7 +69,7 @@ def _print_table(report: Report) -> None:
         )
     Console().print(table)
     print(
-        f"{len(report.layers)} modules, {report.parameters:,} parameters, {report.bytes / 1e6:.1f} MB, "
+        f"{len(report.layers)} weights, {report.parameters:,} parameters, {report.bytes / 1e6:.1f} MB, "
         f"‖ΔW‖ {report.norm:.3g} in all, base {report.base_model or 'not named'}"
     )
     if report.also_trained:

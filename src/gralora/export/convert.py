@@ -15,19 +15,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gralora.checks import DTYPES, is_number, require_integer
-from gralora.export import layouts
-from gralora.export.layouts import Experts, Pair, assemble
+from gralora.export.layouts import ExpertsLayout, Pair, kind_of, lora_refusal, tensors_of
 from gralora.export.lora_config import common_alpha, lora_config
 from gralora.export.rank import common_rank
 from gralora.export.verify import LayerError
 from gralora.files.adapter_folder import AdapterFolder
 from gralora.files.checkpoint import AdaptedLayer, Adapter
-from gralora.files.names import PREFIX
 from gralora.tuner import blocks, svd
 from gralora.tuner.blocks import Factors
 from gralora.tuner.numerics import threads_for
 
-_FOR_PEFT = "`target='peft'`"
+_WAYS_OUT = "Merge it into the model with `gralora merge`, or export it for PEFT with `target='peft'`."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +38,9 @@ class LoraOptions:
         max_error: Relative Frobenius error that compression may cost; the smallest rank within it is chosen.
         per_layer: Apply `max_error` to every layer instead of to the model as a whole.
         target: "serving" refuses what only PEFT's LoRA can carry over: trained biases, modules and tokens.
+        experts: "stacked" writes the experts of a mixture as PEFT's LoRA has them, "per-expert" each under the names
+            that it had in transformers 4.
         bake_scale: Fold the scale into B even where `lora_alpha` could state it.
-        experts: "stacked" writes PEFT's layout of `target_parameters`; "per-expert" a linear layer for each expert.
 
     Raises:
         ValueError: A value breaks its rule.
@@ -52,8 +51,8 @@ class LoraOptions:
     max_error: float | None = None
     per_layer: bool = False
     target: Literal["serving", "peft"] = "serving"
+    experts: ExpertsLayout = "stacked"
     bake_scale: bool = False
-    experts: Experts = "stacked"
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, *DTYPES.values()):
@@ -68,8 +67,6 @@ class LoraOptions:
             raise ValueError(f"`target` must be 'serving' or 'peft'; got target={self.target!r}.")
         if self.experts not in ("stacked", "per-expert"):
             raise ValueError(f"`experts` must be 'stacked' or 'per-expert'; got experts={self.experts!r}.")
-        if self.experts == "per-expert" and self.target == "peft":
-            raise ValueError("`experts` must be 'stacked' for target='peft': PEFT knows no experts of their own.")
 
 
 @dataclass(frozen=True)
@@ -77,16 +74,16 @@ class ExportedLayer:
     """The result for one layer.
 
     Attributes:
-        name: Name of the layer in the adapter's file.
-        weight: Name of the adapted weight.
+        name: Name of the module in the base model, or of the parameter.
+        kind: What the layer adapts, as a noun in the plural: "linear layers", "experts".
         rank: Rank of the exact LoRA, `k·r + hybrid_r`.
-        kept: Number of rows of `lora_A` that are not padding; of a stack, the most that an expert has.
+        kept: Number of rows of `lora_A` that are not padding; of a stack, those of the expert with the most.
         relative_error: Frobenius norm of what compression cut off, relative to that of ΔW; 0 for a copy.
         measured: Error found by reading the written file back; None before that.
     """
 
     name: str
-    weight: str
+    kind: str
     rank: int
     kept: int
     relative_error: float
@@ -101,14 +98,14 @@ class LoraExport(AdapterFolder):
         rank: Rank of every layer.
         layers: The result for each layer.
         relative_error: Frobenius norm of what compression cut off in the whole model, relative to that of ΔW.
-        experts: How stacks of experts are written; None where there are none.
+        experts: How stacks of experts are written.
         path: Folder or file that was written; None before that.
     """
 
     rank: int
     layers: tuple[ExportedLayer, ...]
     relative_error: float
-    experts: Experts | None = None
+    experts: ExpertsLayout = "stacked"
     path: Path | None = None
 
     @property
@@ -122,13 +119,16 @@ def convert(adapter: Adapter, options: LoraOptions) -> LoraExport:
     """Convert `adapter` to LoRA, one layer at a time.
 
     Raises:
-        ValueError: The adapter holds more than LoRA can be served with, or values that are not finite.
+        ValueError: The adapter holds more than LoRA can be served with, a layer that LoRA cannot adapt, or values that
+            are not finite.
     """
+    for name, layer in adapter.layers.items():
+        if refusal := lora_refusal(layer, options.experts):
+            raise ValueError(
+                f"{name!r} cannot be exported as LoRA: {refusal} Merge it into the model with `gralora merge`."
+            )
     if options.target == "serving" and (refusal := serving_refusal(adapter)):
         raise ValueError(refusal)
-    for layer in adapter.layers.values():
-        if refusal := layouts.refusal(layer):
-            raise ValueError(f"{layer.weight!r} cannot be exported as LoRA: {refusal}")
     with threads_for(adapter.largest):
         return _convert(adapter, options)
 
@@ -138,8 +138,7 @@ def serving_refusal(adapter: Adapter) -> str | None:
     if adapter.config.ensure_weight_tying:
         return (
             "An adapter to be served as LoRA must not tie layers; got ensure_weight_tying=True: programs would put it "
-            "on the embedding alone. Merge it into the model with `gralora merge`, or export it for PEFT with "
-            f"{_FOR_PEFT}."
+            f"on the embedding alone. {_WAYS_OUT}"
         )
     if not (adapter.extras or adapter.config.modules_to_save):
         return None
@@ -151,10 +150,7 @@ def serving_refusal(adapter: Adapter) -> str | None:
         got = f"bias={adapter.config.bias!r}, with {len(adapter.extras)} trained biases"
     else:
         got = f"also {adapter.extras[0]!r}" + (f" and {len(adapter.extras) - 1} more" if adapter.extras[1:] else "")
-    return (
-        f"An adapter to be served as LoRA must hold factors alone; got {got} in {adapter.where!r}. Merge it into the "
-        f"model with `gralora merge`, or export it for PEFT with {_FOR_PEFT}."
-    )
+    return f"An adapter to be served as LoRA must hold factors alone; got {got} in {adapter.where!r}. {_WAYS_OUT}"
 
 
 def _convert(adapter: Adapter, options: LoraOptions) -> LoraExport:
@@ -164,17 +160,16 @@ def _convert(adapter: Adapter, options: LoraOptions) -> LoraExport:
     tensors: dict[str, Tensor] = {}
     layers, lost_squared, total_squared = [], 0.0, 0.0
     for name, layer in adapter.layers.items():
+        # B of every matrix times what `lora_alpha` does not state.
         scale = layer.scale / (lora_alpha / rank)
-        converted = [_pair(layer, factors, scale, rank, compresses) for factors in adapter.matrices(name)]
-        lost, total = sum(one.lost for one in converted), sum(one.total for one in converted)
+        matrices = [_lora_of(layer, factors, scale, rank, compresses) for factors in adapter.matrices(name)]
+        lost, total = (sum(values) for values in zip(*((m.lost, m.total) for m in matrices), strict=True))
         lost_squared, total_squared = lost_squared + lost, total_squared + total
-        kept = max(one.pair.a.shape[0] for one in converted)
-        layers.append(ExportedLayer(name, layer.weight, layer.rank, kept, math.sqrt(lost / total) if total else 0.0))
-        pairs = [
-            Pair(*(_cast(_pad(m, rank, dim), options.dtype, layer.weight) for dim, m in enumerate(one.pair)))
-            for one in converted
-        ]
-        tensors |= {PREFIX + key: tensor for key, tensor in assemble(layer, pairs, options.experts).items()}
+        kept = max(matrix.pair.a.shape[0] for matrix in matrices)
+        layers.append(ExportedLayer(name, kind_of(layer), layer.rank, kept, math.sqrt(lost / total) if total else 0.0))
+        pairs = [Pair(_pad(pair.a, rank, 0), _pad(pair.b, rank, 1)) for pair, _, _ in matrices]
+        for key, tensor in tensors_of(layer, pairs, options.experts).items():
+            tensors[key] = _cast(tensor, options.dtype, name)
     for key in adapter.extras:
         tensors[key] = adapter.tensors.read(key)
     return LoraExport(
@@ -183,29 +178,30 @@ def _convert(adapter: Adapter, options: LoraOptions) -> LoraExport:
         rank=rank,
         layers=tuple(layers),
         relative_error=math.sqrt(lost_squared / total_squared) if total_squared else 0.0,
-        experts=options.experts if any(layer.experts for layer in adapter.layers.values()) else None,
+        experts=options.experts,
     )
 
 
-class _Converted(NamedTuple):
-    """LoRA factors of one matrix, and the squared norms of what compression cut off and of the whole update."""
+class _Lora(NamedTuple):
+    """The LoRA of one matrix; `lost` and `total` are the squares of the norms of what was cut off and of all."""
 
     pair: Pair
     lost: float
     total: float
 
 
-def _pair(layer: AdaptedLayer, factors: Factors, scale: float, rank: int, compresses: bool) -> _Converted:
-    """Return LoRA factors of at most `rank` for one matrix; the norm is computed where something is compressed."""
-    if layer.rank > rank:
+def _lora_of(layer: AdaptedLayer, factors: Factors, scale: float, rank: int, compresses: bool) -> _Lora:
+    """Return the LoRA of one matrix, exact if its rank allows, else the best of that rank."""
+    if layer.rank <= rank:
+        lora_a, lora_b = blocks.lora_factors(factors)
+        if scale != 1:
+            lora_b = (lora_b.double() * scale).to(_computed(layer))
+        lost, total = 0.0, float(svd.core_of(factors, scale).matrix.square().sum()) if compresses else 0.0
+    else:
         lora_a, lora_b, s = svd.best_lora(factors, scale, rank)
-        pair = Pair(lora_a.to(_computed(layer)), lora_b.to(_computed(layer)))
-        return _Converted(pair, float(s[len(lora_a) :].square().sum()), float(s.square().sum()))
-    lora_a, lora_b = blocks.lora_factors(factors)
-    if scale != 1:
-        lora_b = (lora_b.double() * scale).to(_computed(layer))
-    total = float(svd.core_of(factors, scale).matrix.square().sum()) if compresses else 0.0
-    return _Converted(Pair(lora_a, lora_b), 0.0, total)
+        lora_a, lora_b = lora_a.to(_computed(layer)), lora_b.to(_computed(layer))
+        lost, total = float(s[lora_a.shape[0] :].square().sum()), float(s.square().sum())
+    return _Lora(Pair(lora_a[:, : layer.in_features], lora_b), lost, total)
 
 
 def _computed(layer: AdaptedLayer) -> torch.dtype:

@@ -7,7 +7,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gralora.export.convert import LoraExport, LoraOptions
-from gralora.export.layouts import linear_refusal
 from gralora.export.verify import LoraFile
 from gralora.export.write import write_export
 from gralora.files.checkpoint import Adapter
@@ -43,8 +42,6 @@ def to_diffusers(
         raise ValueError(f"`component` must be one of {', '.join(COMPONENTS)}; got component={component!r}.")
 
     def write(adapter: Adapter, export: LoraExport, folder: Path) -> LoraFile:
-        if any(layer.kind not in ("linear", "conv") for layer in adapter.layers.values()):
-            raise ValueError(linear_refusal(adapter, "diffusers"))
         prefix = f"{component or component_of(adapter.layers)}."
         tensors = {prefix + key.removeprefix(PREFIX): tensor for key, tensor in export.tensors.items()}
         folder.mkdir()
@@ -52,4 +49,4 @@ def to_diffusers(
         return LoraFile(TensorFile(folder / DIFFUSERS_FILE), prefix=prefix)
 
     options = replace(options, bake_scale=True, target="serving")
-    return write_export(source, output, options, write, overwrite=overwrite)
+    return write_export(source, output, options, write, overwrite=overwrite, holds=("linear layers", "convolutions"))

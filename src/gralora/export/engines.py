@@ -3,13 +3,17 @@
 The facts and their sources are in `docs/serving.md`.
 """
 
+import json
 import shlex
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from gralora.export.layouts import Experts
+from gralora.export.layouts import TRANSPOSED_EXPERTS, ExpertsLayout
 
 # Values of vLLM's `--max-lora-rank` (vllm.config.lora.MaxLoRARanks, 0.14 and later).
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# What a GGUF adapter can adapt, as `layouts.kind_of` says it.
+GGUF_HOLDS = ("linear layers", "embeddings", "experts", "parameters")
 
 
 @dataclass(frozen=True)
@@ -20,21 +24,13 @@ class Engine:
         name: Name of the program.
         command: Command that serves the export; None if the program cannot.
         reason: Why it cannot.
-        note: What has to be declared beside the command.
+        note: What must be known of the command.
     """
 
     name: str
     command: str | None
     reason: str = ""
     note: str = ""
-
-
-_STACKED = (
-    "experts are stacked: without further settings this is right for model classes of vLLM with `is_3d_moe_weight`. "
-    "For others set `enable_mixed_moe_lora_format`, and `is_3d_lora_weight` in the request that loads the adapter; a "
-    "wrong declaration loads wrong values without an error. Or export with --experts per-expert."
-)
-_PER_EXPERT = "experts are linear layers: right for model classes of vLLM without `is_3d_moe_weight`."
 
 
 def vllm_max_lora_rank(rank: int) -> int | None:
@@ -66,7 +62,9 @@ def rank_warning(k: int, r: int, hybrid_r: int = 0) -> str | None:
     )
 
 
-def lora_engines(rank: int, base: str, name: str, output: str, experts: Experts | None = None) -> list[Engine]:
+def lora_engines(
+    rank: int, base: str, name: str, output: str, kinds: Collection[str] = (), experts: ExpertsLayout = "stacked"
+) -> list[Engine]:
     """Return how each program serves a LoRA folder.
 
     Args:
@@ -74,27 +72,75 @@ def lora_engines(rank: int, base: str, name: str, output: str, experts: Experts 
         base: Base model, as written in the command.
         name: Name by which requests address the adapter.
         output: Folder of the export.
-        experts: How stacks of experts were written; None where there are none.
+        kinds: What it adapts, as `layouts.kind_of` says it.
+        experts: How the experts of a mixture are written, if it adapts some.
     """
-    base, module = shlex.quote(base), shlex.quote(f"{name}={output}")
-    accepted = vllm_max_lora_rank(rank)
-    vllm = Engine("vLLM", None, f"rank {rank} is above its highest --max-lora-rank, {VLLM_RANKS[-1]}")
-    if accepted is not None:
-        note = {None: "", "stacked": _STACKED, "per-expert": _PER_EXPERT}[experts]
-        command = f"vllm serve {base} --enable-lora --lora-modules {module} --max-lora-rank {accepted}"
-        vllm = Engine("vLLM", command, note=note)
-    if experts is not None:  # how other programs read adapters of experts is not known
-        return [vllm]
-    sglang = (
-        f"python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths {module} --max-lora-rank {rank}"
-    )
-    llama_cpp = f"gralora export --format gguf, then {_llama_cpp_command('OUT.gguf')}"
-    return [vllm, Engine("SGLang", sglang), Engine("llama.cpp", llama_cpp)]
+    return [
+        _vllm(rank, base, name, output, kinds, experts),
+        _sglang(rank, base, name, output, kinds, experts),
+        _llama_cpp(kinds),
+    ]
 
 
-def gguf_engines(rank: int, base: str, name: str, output: str, experts: Experts | None = None) -> list[Engine]:
+def gguf_engines(
+    rank: int, base: str, name: str, output: str, kinds: Collection[str] = (), experts: ExpertsLayout = "stacked"
+) -> list[Engine]:
     """Return how each program serves a GGUF file; the arguments are those of `lora_engines`."""
     return [Engine("llama.cpp", _llama_cpp_command(output))]
+
+
+def _vllm(rank: int, base: str, name: str, output: str, kinds: Collection[str], experts: ExpertsLayout) -> Engine:
+    accepted = vllm_max_lora_rank(rank)
+    if accepted is None:
+        return Engine("vLLM", None, f"rank {rank} is above its highest --max-lora-rank, {VLLM_RANKS[-1]}")
+    if reason := _beside_linear_layers(kinds):
+        return Engine("vLLM", None, reason)
+    if TRANSPOSED_EXPERTS in kinds and experts == "stacked":
+        return Engine("vLLM", None, "these experts are stored transposed; `--experts per-expert` writes what it reads")
+    command = f"vllm serve {shlex.quote(base)} --enable-lora"
+    if not _has_experts(kinds):
+        return Engine("vLLM", f"{command} --lora-modules {shlex.quote(f'{name}={output}')} --max-lora-rank {accepted}")
+    # vLLM does not look at the tensors: a wrong declaration loads without a message and answers nonsense.
+    module = json.dumps({"name": name, "path": output, "is_3d_lora_weight": experts == "stacked"})
+    return Engine(
+        "vLLM",
+        f"{command} --enable-mixed-moe-lora-format --lora-modules {shlex.quote(module)} --max-lora-rank {accepted}",
+        note="It believes `is_3d_lora_weight` without looking at the file. Without --enable-mixed-moe-lora-format the "
+        "file must be stacked where its class of the model has `is_3d_moe_weight`, and per-expert elsewhere."
+        + ("" if experts == "stacked" else " Every projection of the experts must be adapted."),
+    )
+
+
+def _sglang(rank: int, base: str, name: str, output: str, kinds: Collection[str], experts: ExpertsLayout) -> Engine:
+    if reason := _beside_linear_layers(kinds):
+        return Engine("SGLang", None, reason)
+    if _has_experts(kinds) and experts == "stacked":
+        return Engine("SGLang", None, "it leaves out stacked experts; `--experts per-expert` writes what it reads")
+    module = shlex.quote(f"{name}={output}")
+    return Engine(
+        "SGLang",
+        f"python -m sglang.launch_server --model-path {shlex.quote(base)} --enable-lora --lora-paths {module} "
+        f"--max-lora-rank {rank}",
+        note="Start it with --lora-strict-loading, or it leaves out experts that it does not know."
+        if _has_experts(kinds)
+        else "",
+    )
+
+
+def _llama_cpp(kinds: Collection[str]) -> Engine:
+    if others := sorted(set(kinds) - set(GGUF_HOLDS)):
+        return Engine("llama.cpp", None, f"a GGUF adapter holds no {' and no '.join(others)}")
+    return Engine("llama.cpp", f"gralora export --format gguf, then {_llama_cpp_command('OUT.gguf')}")
+
+
+def _has_experts(kinds: Collection[str]) -> bool:
+    return any(kind.endswith("experts") for kind in kinds)
+
+
+def _beside_linear_layers(kinds: Collection[str]) -> str | None:
+    """Return what is adapted that is no linear layer and no expert, as a reason, or None."""
+    others = sorted(kind for kind in set(kinds) - {"linear layers"} if not kind.endswith("experts"))
+    return f"it is not known to take adapters of {' and '.join(others)}" if others else None
 
 
 def _llama_cpp_command(output: str) -> str:

@@ -1,7 +1,7 @@
 """The table of export formats, which the command line reads. A new format is one file and one entry here."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -10,15 +10,20 @@ from gralora.export.convert import LoraExport, LoraOptions
 from gralora.export.diffusers import to_diffusers
 from gralora.export.engines import Engine, gguf_engines, lora_engines
 from gralora.export.gguf import to_gguf
-from gralora.export.layouts import Experts
-from gralora.export.lora import folder_writer
+from gralora.export.layouts import ExpertsLayout
+from gralora.export.lora import write_folder
 from gralora.export.write import write_export
 
 
 def _to_lora(
-    source: str | Path | nn.Module, output: str | Path, options: LoraOptions, overwrite: bool = False
+    source: str | Path | nn.Module,
+    output: str | Path,
+    options: LoraOptions,
+    experts: ExpertsLayout | None = None,
+    overwrite: bool = False,
 ) -> LoraExport:
-    return write_export(source, output, options, folder_writer(options.experts), overwrite=overwrite)
+    options = replace(options, experts=experts or "stacked")
+    return write_export(source, output, options, write_folder, overwrite=overwrite)
 
 
 @dataclass(frozen=True)
@@ -38,11 +43,17 @@ class Format:
     export: Callable[..., LoraExport]
     takes: tuple[str, ...] = ()
     targets: tuple[str, ...] = ("serving",)
-    engines: Callable[[int, str, str, str, Experts | None], list[Engine]] | None = None
+    engines: Callable[..., list[Engine]] | None = None
 
 
 FORMATS = {
-    "lora": Format("a folder for vLLM, SGLang and PEFT", _to_lora, targets=("serving", "peft"), engines=lora_engines),
+    "lora": Format(
+        "a folder for vLLM, SGLang and PEFT",
+        _to_lora,
+        takes=("experts",),
+        targets=("serving", "peft"),
+        engines=lora_engines,
+    ),
     "gguf": Format("a file for llama.cpp", to_gguf, takes=("base", "llama_cpp"), engines=gguf_engines),
     "diffusers": Format("a folder for diffusers", to_diffusers, takes=("component",)),
 }

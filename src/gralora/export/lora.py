@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from gralora.export.convert import LoraExport, LoraOptions, convert
-from gralora.export.layouts import Experts
+from gralora.export.layouts import ExpertsLayout
 from gralora.export.verify import LoraFile, open_lora
-from gralora.export.write import Writer, write_export
+from gralora.export.write import write_export
 from gralora.files.checkpoint import Adapter, open_adapter
 
 
@@ -22,7 +22,7 @@ def to_lora(
     max_error: float | None = None,
     per_layer: bool = False,
     target: Literal["serving", "peft"] = "serving",
-    experts: Experts = "stacked",
+    experts: ExpertsLayout = "stacked",
     overwrite: bool = False,
     adapter_name: str = "default",
 ) -> LoraExport:
@@ -39,15 +39,15 @@ def to_lora(
         max_error: Relative Frobenius error that compression may cost; the smallest rank within it is chosen.
         per_layer: Apply `max_error` to every layer instead of to the model as a whole.
         target: "serving", or "peft" to carry over trained biases, whole modules and rows of embeddings.
-        experts: "stacked" writes stacks of experts in PEFT's layout of `target_parameters`; "per-expert" writes a
-            linear layer for each expert, `gate_proj`, `up_proj` and `down_proj`, for programs that know these.
+        experts: How the experts of a mixture are written: "stacked" as PEFT's LoRA has them (`target_parameters`), or
+            "per-expert" under the names of transformers 4, gate and up apart, as vLLM takes them for most models.
         overwrite: Replace an adapter at `output`.
         adapter_name: Name of the adapter on a model.
 
     Raises:
         FileNotFoundError: `source` is not the folder of an adapter.
-        ValueError: The adapter is damaged or holds more than LoRA can be served with, adapts a layer that has no
-            equivalent LoRA (attention, convolutions with groups), or an option breaks its rule.
+        ValueError: The adapter is damaged or holds more than LoRA can be served with, adapts a
+            layer that LoRA cannot, or an option breaks its rule.
         RuntimeError: The written update differs from the adapter's.
 
     Example:
@@ -62,14 +62,10 @@ def to_lora(
     )
     if output is None:
         return convert(open_adapter(source, adapter_name), options)
-    return write_export(source, output, options, folder_writer(experts), overwrite=overwrite, adapter_name=adapter_name)
+    return write_export(source, output, options, write_folder, overwrite=overwrite, adapter_name=adapter_name)
 
 
-def folder_writer(experts: Experts = "stacked") -> Writer:
-    """Return a function that writes the folder and opens it again."""
-
-    def write(adapter: Adapter, export: LoraExport, folder: Path) -> LoraFile:
-        export.write(folder)
-        return open_lora(folder, experts)
-
-    return write
+def write_folder(adapter: Adapter, export: LoraExport, folder: Path) -> LoraFile:
+    """Write the folder and open it again."""
+    export.write(folder)
+    return open_lora(folder, export.experts)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
 import transformers
@@ -12,15 +12,16 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer
+from transformers.core_model_loading import revert_weight_conversion
 
 from gralora import pretrained
 from gralora.checks import dtype_named
 from gralora.files.atomic import appearing, check_output
 from gralora.files.checkpoint import open_adapter
 from gralora.tuner.layer import GraloraLayer, gralora_layers
+from gralora.tuner.merging.dense_update import delta
 from gralora.tuner.merging.quantised import dequantised
-from gralora.tuner.parameters import ParameterLayer
 
 _MODEL_MARKS = (("config.json", "*.safetensors"),)
 _SAMPLES = 3
@@ -75,13 +76,6 @@ class MergeReport:
     requantisation: dict[str, float] = field(default_factory=dict)
 
 
-class Sample(NamedTuple):
-    """An exact merged weight, or of a stack the one of an expert."""
-
-    values: Tensor
-    expert: int | None
-
-
 def merge_to_folder(
     options: MergeOptions, on_layer: Callable[[int, int], None] = lambda done, total: None
 ) -> MergeReport:
@@ -96,6 +90,7 @@ def merge_to_folder(
     Raises:
         FileNotFoundError: The base or an adapter does not exist.
         ValueError: An option breaks its rule, or a file cannot be read.
+        RuntimeError: No merged weight was found in what was written.
     """
     weights = _checked_weights(options)
     dense_dtype = dtype_named(options.dtype, auto=torch.bfloat16)
@@ -220,8 +215,8 @@ def _merge_layers(
     requantize: bool,
     report: MergeReport,
     on_layer: Callable[[int, int], None],
-) -> dict[str, Sample]:
-    """Merge layer by layer, and return the exact weights of some layers in float32, by the names of parameters."""
+) -> dict[str, Tensor]:
+    """Merge layer by layer, and return the exact weights of some layers in float32, by name."""
     order = list(layers)
     sampled = {order[i * (len(order) - 1) // max(1, _SAMPLES - 1)] for i in range(_SAMPLES)} if order else set()
     samples = {}
@@ -230,26 +225,23 @@ def _merge_layers(
         exact = _exact(layer, here) if requantize or name in sampled else None
         layer.merge(safe_merge=True, adapter_names=here, keep_base=False)
         if requantize and exact is not None:
-            error = dequantised(layer).float() - exact.values
-            report.requantisation[name] = float(error.norm() / exact.values.norm())
+            error = dequantised(layer).float() - exact
+            report.requantisation[name] = float(error.norm() / exact.norm())
         elif exact is not None:
-            weight = layer.weight_name(name)
-            samples[weight if isinstance(layer, ParameterLayer) else f"{weight}.weight"] = exact
+            weight_name = layer.weight_name(name)
+            samples[weight_name if weight_name != name else f"{name}.weight"] = exact
         on_layer(number, len(layers))
     return samples
 
 
-def _exact(layer: GraloraLayer, names: list[str]) -> Sample:
-    """Return base + Δ in float32, in the shape of the stored weight; of a stack, one matrix in its middle."""
-    expert = layer.experts[0] // 2 if layer.experts else None
-    if layer.quantization_backend is not None:
-        total = dequantised(layer).float()
-    else:
-        ref = layer.weight_ref()._replace(expert=expert)
-        total = ref.in_parameter(cast(Tensor, ref.parameter)).detach().float()
-    for name in names:
-        total = total + layer.get_delta_weight(name, expert)
-    return Sample(total, expert)
+def _exact(layer: GraloraLayer, names: list[str]) -> Tensor:
+    """Return base + Δ in float32, in the shape of the stored weight; of a stack, that of the first matrix alone."""
+    ref: Any = layer.weight_ref()
+    weight = dequantised(layer) if layer.quantization_backend is not None else ref.parameter.detach()
+    if not layer.experts:
+        return sum((layer.get_delta_weight(name) for name in names), weight.float())
+    updates = (ref.stored(delta([layer.part(name).expert(0)], torch.float32)) for name in names)
+    return sum(updates, weight[0].float()).unsqueeze(0)
 
 
 def _save_tokenizer(folder: Path, adapter: Path, base: str) -> bool:
@@ -267,18 +259,23 @@ def _save_tokenizer(folder: Path, adapter: Path, base: str) -> bool:
     return False
 
 
-def _compare(folder: Path, plain: PreTrainedModel, samples: dict[str, Sample], report: MergeReport) -> None:
-    """Read the sampled weights back and note the largest deviation from their exact values."""
-    found: dict[str, Tensor] = {}
+def _compare(folder: Path, model: Any, samples: dict[str, Tensor], report: MergeReport) -> None:
+    """Read the sampled weights back and note the largest deviation from their exact values.
+
+    Raises:
+        RuntimeError: None of them was found.
+    """
+    # Files may name and cut weights otherwise than the model: those of each expert apart, gate and up apart.
+    parts = {name: revert_weight_conversion(model, {name: exact}) for name, exact in samples.items()}
+    wanted = {key: (name, part) for name, of_sample in parts.items() for key, part in of_sample.items()}
+    found: set[str] = set()
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as stored:
-            found |= {key: stored.get_tensor(key) for key in set(stored.keys()) & samples.keys()}
-    if converted := samples.keys() - found.keys():  # transformers writes the experts of some models one by one
-        plain.to("meta")
-        again = type(plain).from_pretrained(folder, config=plain.config, dtype="auto")
-        found |= {key: again.get_parameter(key).detach() for key in converted}
-    for key, sample in samples.items():
-        weight = found[key] if sample.expert is None else found[key][sample.expert]
-        difference = (weight.double() - sample.values.double()).abs().max()
-        report.deviation = max(report.deviation, float(difference))
-        report.sampled.append(key.removesuffix(".weight"))
+            for key in stored.keys() & wanted.keys():
+                name, exact = wanted[key]
+                written = stored.get_slice(key)[: len(exact)]
+                report.deviation = max(report.deviation, float((written.double() - exact.double()).abs().max()))
+                found.add(name)
+    if samples and not found:
+        raise RuntimeError(f"Nothing was written: none of {', '.join(map(repr, samples))} was found in what was saved.")
+    report.sampled += [name.removesuffix(".weight") for name in samples if name in found]

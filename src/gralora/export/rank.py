@@ -43,9 +43,11 @@ def _errors_by_rank(adapter: Adapter, full: int, per_layer: bool) -> Tensor:
     """Return the relative error of compression to rank 0, 1, …, `full`."""
     tails = []
     for name, layer in adapter.layers.items():
+        squares = torch.zeros(full + 1, dtype=torch.float64)  # those of a stack's matrices add up
         for factors in adapter.matrices(name):
             norms = svd.tail_norms(svd.singular_values(factors, layer.scale))
-            tails.append(torch.nn.functional.pad(norms, (0, full + 1 - len(norms))))
+            squares[: len(norms)] += norms.square()
+        tails.append(squares.sqrt())
     errors = torch.stack(tails)
     if per_layer:
         return (errors / errors[:, :1].clamp_min(torch.finfo(errors.dtype).tiny)).amax(0)

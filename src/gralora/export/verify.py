@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from gralora.export.layouts import Experts, Pair, disassemble
+from gralora.export.layouts import ExpertsLayout, Pair, pairs_of
 from gralora.files.adapter_config import read_config
 from gralora.files.checkpoint import AdaptedLayer, Adapter, open_tensors
 from gralora.files.names import PREFIX
@@ -50,29 +50,32 @@ class LoraFile:
     """
 
     def __init__(
-        self, tensors: TensorFile, scale: float = 1.0, prefix: str = PREFIX, experts: Experts = "stacked"
+        self, tensors: TensorFile, scale: float = 1.0, prefix: str = PREFIX, experts: ExpertsLayout = "stacked"
     ) -> None:
         self.scale = scale
-        self.experts: Experts = experts
         self._tensors = tensors
         self._prefix = prefix
+        self._experts: ExpertsLayout = experts
 
     def pairs(self, layer: AdaptedLayer) -> Iterator[Pair]:
-        """Yield the factors of each matrix of a layer, in float64."""
-        return disassemble(layer, lambda name: self._tensors.read(self._prefix + name).double(), self.experts)
+        """Read the LoRA of each matrix of one layer, in float64."""
+        return pairs_of(layer, self._tensors.read, self._prefix, self._experts)
 
 
-def open_lora(folder: Path, experts: Experts = "stacked") -> LoraFile:
+def open_lora(folder: Path, experts: ExpertsLayout = "stacked") -> LoraFile:
     """Open a folder in PEFT's format, whose config states the scale."""
     config = read_config(folder)
     return LoraFile(open_tensors(folder), config["lora_alpha"] / config["r"], experts=experts)
 
 
+@torch.no_grad()
 def compare(adapter: Adapter, name: str, written: LoraFile) -> LayerError:
-    """Compare the written update of one layer with the adapter's, every matrix of it."""
+    """Compare the written update of one layer with that of the adapter, matrix by matrix."""
     layer = adapter.layers[name]
-    matrices = zip(adapter.matrices(name), written.pairs(layer), strict=True)
-    errors = [_compare(factors, layer.scale, pair, written.scale) for factors, pair in matrices]
+    errors = [
+        _compare_matrices(factors, layer.scale, pair, written.scale)
+        for factors, pair in zip(adapter.matrices(name), written.pairs(layer), strict=True)
+    ]
     return LayerError(
         max(error.largest for error in errors),
         math.hypot(*(error.norm for error in errors)),
@@ -80,11 +83,9 @@ def compare(adapter: Adapter, name: str, written: LoraFile) -> LayerError:
     )
 
 
-@torch.no_grad()
-def _compare(factors: Factors, scale: float, pair: Pair, written_scale: float) -> LayerError:
-    """Compare two updates, some rows at a time."""
+def _compare_matrices(factors: Factors, scale: float, pair: Pair, written_scale: float) -> LayerError:
+    """Compare one matrix with the product of a pair, some rows at a time."""
     A, B, A_general, B_general = factors.to(torch.float64)
-    lora_a, lora_b = pair
     k, m = B.shape[0], B.shape[2]
     step = max(1, _ROWS // k)
     largest = squared = reference_squared = 0.0
@@ -92,8 +93,9 @@ def _compare(factors: Factors, scale: float, pair: Pair, written_scale: float) -
         stop = min(m, start + step)
         rows = torch.cat([torch.arange(i * m + start, i * m + stop) for i in range(k)])
         general = None if B_general is None else B_general[rows]
-        ours = blocks.dense(Factors(A, B[:, :, start:stop], A_general, general), scale)[:, : lora_a.shape[1]]
-        theirs = (lora_b[rows] @ lora_a).mul_(written_scale)
+        ours = blocks.dense(Factors(A, B[:, :, start:stop], A_general, general), scale)
+        theirs = (pair.b[rows] @ pair.a).mul_(written_scale)
+        ours = ours[:, : theirs.shape[1]]  # the last input block may reach beyond the input
         reference_squared += float(ours.square().sum())
         difference = theirs.sub_(ours)
         largest = max(largest, float(difference.abs().max()))

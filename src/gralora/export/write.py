@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gralora.export.convert import LoraExport, LoraOptions, convert
+from gralora.export.layouts import kind_of
 from gralora.export.verify import LoraFile, compare
 from gralora.files.atomic import appearing, check_output
 from gralora.files.checkpoint import Adapter, folders_read, open_adapter
@@ -29,6 +30,7 @@ def write_export(
     overwrite: bool = False,
     adapter_name: str = "default",
     kind: Literal["folder", "file"] = "folder",
+    holds: tuple[str, ...] | None = None,
 ) -> LoraExport:
     """Convert an adapter and write it; `output` appears only when what was read back is right.
 
@@ -40,6 +42,7 @@ def write_export(
         overwrite: Replace an export at `output`.
         adapter_name: Name of the adapter on a model.
         kind: What `writer` writes.
+        holds: What the format can adapt, as `layouts.kind_of` says it; None for all that LoRA can.
 
     Raises:
         FileNotFoundError: `source` is not the folder of an adapter.
@@ -48,6 +51,12 @@ def write_export(
     """
     path = check_output(output, overwrite, folders_read(source), kind=kind)
     adapter = open_adapter(source, adapter_name)
+    for name, layer in adapter.layers.items():
+        if holds is not None and kind_of(layer) not in holds:
+            raise ValueError(
+                f"{name!r} cannot be exported to this format: it holds adapters of {', '.join(holds)} only; got "
+                f"{kind_of(layer)}. Export the adapter as a folder of LoRA, or merge it with `gralora merge`."
+            )
     export = convert(adapter, options)
     with appearing(path) as hidden:
         export = _measured(adapter, export, writer(adapter, export, hidden), options)
@@ -70,7 +79,7 @@ def _measured(adapter: Adapter, export: LoraExport, written: LoraFile, options: 
             measured = compare(adapter, layer.name, written)
         if not measured.relative <= layer.relative_error + tolerance:
             raise RuntimeError(
-                f"Nothing was exported: what was read back gives another update at {layer.weight!r}, off by "
+                f"Nothing was exported: what was read back gives another update at {layer.name!r}, off by "
                 f"{measured.relative:.1e} of its norm, with at most {tolerance:.1e} for rounding.{way_out}"
             )
         layers.append(replace(layer, measured=measured))

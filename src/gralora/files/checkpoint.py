@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from gralora.files.adapter_config import config_from, read_gralora_config, require_peft_type
-from gralora.files.names import GRALORA_FACTORS, PICKLE_FILE, TENSOR_FILE, group_keys, weight_name
+from gralora.files.layer_record import LayerRecord
+from gralora.files.names import GRALORA_FACTORS, PICKLE_FILE, TENSOR_FILE, group_keys, module_name, natural_order
 from gralora.files.tensors import TensorDict, TensorFile, Tensors
 from gralora.tuner.blocks import Factors, factor_shapes
 from gralora.tuner.config import GraloraConfig, LayerSettings
@@ -25,42 +26,27 @@ class AdaptedLayer:
     """Settings, shapes and keys of one adapted layer, without its values.
 
     Attributes:
-        name: Name of the layer in the keys of the file.
+        name: Name of the module in the base model; of an adapted parameter, with the parameter's own name.
+        module: Name in the keys. Layers of several parameters of a module lie around each other, and all but the
+            outermost have `.base_layer` in it.
         settings: Ranks, number of blocks and scale.
-        in_features: Width of the input.
-        out_features: Width of the output.
-        experts: Number of matrices in a stack; None for a single one.
-        record: What the config says of a layer that is not linear; see `GraloraConfig.layer_kinds`.
-        parameters: Number of trained values.
+        in_features: Width of the input of one matrix.
+        out_features: Width of the output of one matrix.
+        experts: Number of matrices where the weight is a stack of them; None for a single matrix.
+        record: What the config says of a layer that is not linear.
         dtype: Data type of the stored factors.
         keys: Keys of the factors in the file, in the order of `Factors`.
     """
 
     name: str
+    module: str
     settings: LayerSettings
     in_features: int
     out_features: int
     experts: int | None
-    record: dict[str, Any]
-    parameters: int
+    record: LayerRecord
     dtype: torch.dtype
     keys: tuple[str, ...]
-
-    @property
-    def kind(self) -> str:
-        """Kind of the layer: "linear", "conv", "embedding", "parameter" or "attention"."""
-        return self.record.get("kind", "linear")
-
-    @property
-    def weight(self) -> str:
-        """Name of the adapted weight: that of the module, and of the parameter if it is one."""
-        return weight_name(self.name, self.record.get("parameter"))
-
-    @property
-    def matrix_shape(self) -> tuple[int, ...]:
-        """Shape of the weight: `[out, in]`, with the experts before it in a stack."""
-        matrix = self.out_features, self.in_features
-        return matrix if self.experts is None else (self.experts, *matrix)
 
     @property
     def scale(self) -> float:
@@ -71,6 +57,30 @@ class AdaptedLayer:
     def rank(self) -> int:
         """Rank of the equivalent LoRA, `k·r + hybrid_r`."""
         return self.settings.gralora_k * self.settings.r + self.settings.hybrid_r
+
+    @property
+    def padded_in_features(self) -> int:
+        """Width of the input blocks together, the last of which may reach beyond the input."""
+        k = self.settings.gralora_k
+        return k * -(-self.in_features // k)
+
+    @property
+    def parameters(self) -> int:
+        """Number of trained values."""
+        rank = self.settings.r + self.settings.hybrid_r
+        return (self.experts or 1) * rank * (self.padded_in_features + self.out_features)
+
+    @property
+    def weight_name(self) -> str:
+        """Name of the weight in the state dict of the base model."""
+        return self.name if self.record.parameter else f"{self.name}.weight"
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the weight, but that each matrix of it may be stored transposed."""
+        if self.record.shape is not None:
+            return self.record.shape
+        return (*((self.experts,) if self.experts else ()), self.out_features, self.in_features)
 
 
 class Adapter:
@@ -94,21 +104,27 @@ class Adapter:
         by_module, self.extras = group_keys(tensors.keys(), GRALORA_FACTORS)
         if not by_module:
             raise ValueError(f"{where!r} must hold a GraLoRA adapter; it has no `gralora_A` and no `gralora_B`.")
-        self.layers = {name: self._checked_layer(name, keys) for name, keys in by_module.items()}
+        records = _records(config, where)
+        if missing := sorted(records.keys() - by_module.keys(), key=natural_order):
+            raise ValueError(f"{where!r} must hold tensors for all of `layer_kinds`; it has none for {missing[0]!r}.")
+        layers = (self._checked_layer(name, keys, records.get(name)) for name, keys in by_module.items())
+        self.layers = {layer.name: layer for layer in layers}
 
     @property
     def largest(self) -> int:
-        """Number of elements of the largest adapted weight."""
+        """Number of elements of the largest adapted matrix."""
         return max(layer.in_features * layer.out_features for layer in self.layers.values())
 
     def factors(self, name: str) -> Factors:
-        """Read the factors of one layer, in their stored dtype.
+        """Read the factors of one layer, in their stored dtype; those of a stack are stacks.
+
+        What a last input block has beyond the input belongs to no feature, and is set to zero.
 
         Raises:
             ValueError: A value is not finite.
         """
-        tensors = []
-        for key in self.layers[name].keys:
+        layer, tensors = self.layers[name], []
+        for key in layer.keys:
             tensor = self.tensors.read(key)
             if not torch.isfinite(tensor).all():
                 raise ValueError(
@@ -116,29 +132,32 @@ class Adapter:
                     "training diverged."
                 )
             tensors.append(tensor)
-        return Factors(*tensors)
+        factors = Factors(*tensors)
+        if layer.padded_in_features == layer.in_features:
+            return factors
+        A, B, A_general, B_general = factors
+        is_feature = torch.arange(layer.padded_in_features) < layer.in_features
+        A = A * is_feature.view(*A.shape[-3:-1], 1)
+        return Factors(A, B, None if A_general is None else A_general * is_feature, B_general)
 
     def matrices(self, name: str) -> Iterator[Factors]:
-        """Read the factors of each matrix of one layer: of every expert of a stack, or of the only one there is.
+        """Read the factors of each matrix of one layer: one for every expert of a stack, else a single one.
 
         Raises:
             ValueError: A value is not finite.
         """
-        layer, factors = self.layers[name], self.factors(name)
-        if layer.experts is not None:
-            yield from (factors.expert(index) for index in range(layer.experts))
-        elif factors.in_features > layer.in_features:  # what is beyond the vocabulary was never used
-            A, B, *general = (factor.clone() for factor in factors if factor is not None)
-            A.view(-1, A.shape[-1])[layer.in_features :] = 0
-            if general:
-                general[0][:, layer.in_features :] = 0
-            yield Factors(A, B, *general)
-        else:
-            yield factors
+        factors, experts = self.factors(name), self.layers[name].experts
+        yield from [factors] if experts is None else (factors.expert(index) for index in range(experts))
 
-    def _checked_layer(self, name: str, keys: dict[str, str]) -> AdaptedLayer:
-        record = (self.config.layer_kinds or {}).get(name, {})
-        settings = self.config.settings_for(weight_name(name, record.get("parameter")), name)
+    def _checked_layer(self, module: str, keys: dict[str, str], record: LayerRecord | None) -> AdaptedLayer:
+        if record is None and module.endswith(".base_layer"):
+            raise ValueError(f"{module!r} must be described in `layer_kinds`; the config of {self.where!r} lacks it.")
+        record = record or LayerRecord()
+        holder = module
+        while record.parameter and holder.endswith(".base_layer"):
+            holder = holder.removesuffix(".base_layer")
+        name = f"{holder}.{record.parameter}" if record.parameter else module
+        settings = self.config.settings_for(name, holder if record.parameter else None)
         k, r, hybrid_r = settings.gralora_k, settings.r, settings.hybrid_r
         wanted = GRALORA_FACTORS if hybrid_r else GRALORA_FACTORS[:2]
         if set(keys) != set(wanted):
@@ -148,19 +167,20 @@ class Adapter:
             )
         shapes = {factor: self.tensors.shape(key) for factor, key in keys.items()}
         a, b = shapes["gralora_A"], shapes["gralora_B"]
-        experts = a[:1] if len(a) == 4 and record.get("kind") == "parameter" else ()
-        in_features = k * a[-2] if len(a) >= 3 else 0
-        out_features = k * b[-1] if len(b) >= 3 else 0
-        if record.get("kind") in ("embedding", "conv"):
-            in_features, out_features = self._recorded_widths(name, record)
-        right = dict(
-            zip(GRALORA_FACTORS, factor_shapes(k, r, hybrid_r, in_features, out_features, experts), strict=True)
-        )
-        for factor, shape in shapes.items():
-            if shape != right[factor] or 0 in shape:
+        if len(a) == 4 and record.kind != "parameter":
+            raise ValueError(
+                "`gralora_A` must have three dimensions, or `layer_kinds` must say that it is a stack; got shape "
+                f"{list(a)} at {name!r} in {self.where!r}."
+            )
+        experts = a[:-3]
+        in_features, out_features = _widths(record, k, a, b) if len(a) in (3, 4) and len(b) == len(a) else (0, 0)
+        right = factor_shapes(k, r, hybrid_r, in_features, out_features, experts)
+        for factor, shape in zip(GRALORA_FACTORS, right, strict=True):
+            if factor in shapes and (shapes[factor] != shape or 0 in shapes[factor]):
+                of_weight = f", weight {list(record.shape)}" if record.shape else ""
                 raise ValueError(
-                    f"`{factor}` must fit the config (gralora_k={k}, r={r}, hybrid_r={hybrid_r}); got shape "
-                    f"{list(shape)} at {name!r} in {self.where!r}."
+                    f"`{factor}` must fit the config (gralora_k={k}, r={r}, hybrid_r={hybrid_r}{of_weight}); got shape "
+                    f"{list(shapes[factor])} at {name!r} in {self.where!r}."
                 )
         dtypes = {self.tensors.dtype(key) for key in keys.values()}
         dtype = dtypes.pop()
@@ -169,24 +189,32 @@ class Adapter:
             raise ValueError(f"The factors must have one floating-point dtype; got {got} at {name!r}.")
         return AdaptedLayer(
             name,
+            module,
             settings,
             in_features,
             out_features,
             experts[0] if experts else None,
             record,
-            sum(math.prod(shape) for shape in shapes.values()),
             dtype,
             tuple(keys[factor] for factor in wanted),
         )
 
-    def _recorded_widths(self, name: str, record: dict[str, Any]) -> tuple[int, int]:
-        """Return the widths of the weight of which `record` has the shape."""
-        shape = record.get("shape")
-        if not (isinstance(shape, list) and len(shape) >= 2 and all(isinstance(size, int) for size in shape)):
-            raise ValueError(f"`layer_kinds` must have the shape of the weight; got {record!r} at {name!r}.")
-        if record["kind"] == "embedding":
-            return shape[0], shape[1]
-        return math.prod(shape[1:]), shape[0]
+
+def _records(config: GraloraConfig, where: str) -> dict[str, LayerRecord]:
+    """Return what the config says of layers that are not linear, by the names in the keys."""
+    written: Any = config.layer_kinds or {}
+    if not isinstance(written, dict):
+        raise ValueError(f"`layer_kinds` must map names of layers to records; got {written!r} in {where!r}.")
+    return {module_name(name): LayerRecord.of(record, name, where) for name, record in written.items()}
+
+
+def _widths(record: LayerRecord, k: int, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, int]:
+    """Return the widths of one matrix: those of the recorded weight, else of the factors."""
+    if record.kind == "embedding" and record.shape:
+        return record.shape[0], record.shape[1]
+    if record.kind == "conv" and record.shape:
+        return math.prod(record.shape[1:]), record.shape[0]
+    return k * a[-2], k * b[-1]
 
 
 def open_adapter(source: str | Path | nn.Module, adapter_name: str = "default") -> Adapter:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 from gralora.files.tensors import TensorFile
@@ -10,6 +11,12 @@ _FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 # diffusers' name for the weights of one component.
 _COMPONENT_FILE = "diffusion_pytorch_model.safetensors"
+# Names of the weights of one expert in files, by the parameter that is the stack of them in transformers 5.
+_NAMES_BY_EXPERT = {
+    "gate_up_proj": ("gate_proj", "up_proj", "w1", "w3"),
+    "up_proj": ("up_proj",),
+    "down_proj": ("down_proj", "w2"),
+}
 
 
 class BaseWeights:
@@ -38,23 +45,36 @@ class BaseWeights:
         for file in (TensorFile(folder / name) for name in names):
             self._files |= dict.fromkeys(file.keys(), file)
 
-    def norm(self, name: str, shape: tuple[int, ...]) -> float | None:
-        """Return the Frobenius norm of a weight, or None if there is none of that shape.
+    def norm(self, weight: str, shape: tuple[int, ...]) -> float | None:
+        """Return the Frobenius norm of a weight, or None if there is none of that name and shape.
 
-        A weight may also be stored transposed or with a kernel, and files often omit the first part of a name.
+        Its matrices may also be stored transposed, files often omit the first part of a name, and the experts of a
+        stack may each have weights of their own there.
 
         Args:
-            name: Name of the module, or of a parameter.
-            shape: `[out, in]`, or `[experts, out, in]`.
+            weight: Name of the weight in the model.
+            shape: Shape of the weight.
         """
-        parts = name.split(".")
+        parts = weight.split(".")
         for start in range(len(parts)):
-            for key in (".".join([*parts[start:], "weight"]), ".".join(parts[start:])):
-                if key in self._files:
-                    file = self._files[key]
-                    found = file.shape(key)
-                    flat = (found[0], math.prod(found[1:])) if found else ()
-                    if shape in (found, flat) or (*shape[:-2], shape[-1], shape[-2]) == found:
-                        return float(file.read(key).double().norm())
-                    return None
+            key = ".".join(parts[start:])
+            if key in self._files:
+                file = self._files[key]
+                if file.shape(key) in (shape, (*shape[:-2], shape[-1], shape[-2])):
+                    return float(file.read(key).double().norm())
+                return None
+            if (keys := self._keys_by_expert(key)) and sum(map(self._size, keys)) == math.prod(shape):
+                return math.hypot(*(float(self._files[key].read(key).double().norm()) for key in keys))
         return None
+
+    def _keys_by_expert(self, stack: str) -> list[str]:
+        """Return the keys of the weights of which a stack of experts consists."""
+        path, _, parameter = stack.rpartition(".experts.")
+        names = _NAMES_BY_EXPERT.get(parameter)
+        if not path or names is None:
+            return []
+        pattern = re.compile(rf"{re.escape(path.rpartition('.')[0])}\.\w+\.experts\.\d+\.({'|'.join(names)})\.weight")
+        return [key for key in self._files if pattern.fullmatch(key)]
+
+    def _size(self, key: str) -> int:
+        return math.prod(self._files[key].shape(key))

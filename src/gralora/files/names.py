@@ -17,6 +17,7 @@ PREFIX = "base_model.model."
 # In the order of `blocks.Factors`; an adapter without a hybrid part has the first two.
 GRALORA_FACTORS = ("gralora_A", "gralora_B", "gralora_A_general.weight", "gralora_B_general.weight")
 LORA_FACTORS = ("lora_A.weight", "lora_B.weight")
+LORA_EMBEDDING_FACTORS = ("lora_embedding_A", "lora_embedding_B")
 
 # Values of `bias` that train the biases of adapted layers alone, in a LoRA's config and in GraLoRA's.
 LORA_BIAS, GRALORA_BIAS = "lora_only", "gralora_only"
@@ -66,20 +67,6 @@ def group_keys(keys: Iterable[str], factors: tuple[str, ...]) -> tuple[dict[str,
 def module_name(key: str) -> str:
     """Return `key` without the prefixes that PEFT and torch.compile add."""
     return key.removeprefix(PREFIX).replace("_orig_mod.", "")
-
-
-def weight_name(module: str, parameter: str | None) -> str:
-    """Return the name of an adapted weight, given its layer: that of a parameter has the parameter's own name.
-
-    Example:
-        >>> weight_name("mlp.experts.base_layer", "gate_up_proj")
-        'mlp.experts.gate_up_proj'
-    """
-    if parameter is None:
-        return module
-    while module.endswith(".base_layer"):
-        module = module.removesuffix(".base_layer")
-    return f"{module}.{parameter}"
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:

@@ -1,8 +1,9 @@
 """LoRA to GraLoRA: the equivalent adapter, as a start for further training."""
 
 import math
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -13,9 +14,11 @@ from gralora.files.adapter_config import config_from, read_config, require_peft_
 from gralora.files.adapter_folder import AdapterFolder
 from gralora.files.atomic import check_output
 from gralora.files.checkpoint import folders_read, open_tensors, read_model
+from gralora.files.layer_record import LayerRecord
 from gralora.files.names import GRALORA_BIAS, GRALORA_FACTORS, LORA_BIAS, LORA_FACTORS, group_keys, key_of
 from gralora.files.tensors import Tensors
-from gralora.tuner.blocks import Factors
+from gralora.importing.parameters import old_experts_refusal, parameters_of
+from gralora.tuner.blocks import Factors, factor_shapes
 from gralora.tuner.config import GraloraConfig, divisors
 from gralora.tuner.initialise import zero_update_
 
@@ -25,7 +28,6 @@ _MUST_BE_OFF = (
     "lora_bias",
     "alora_invocation_tokens",
     "layer_replication",
-    "target_parameters",
     "use_qalora",
     "use_bdlora",
     "arrow_config",
@@ -33,6 +35,7 @@ _MUST_BE_OFF = (
     "velora_config",
     "monteclora_config",
 )
+_UNMARKED = {"transposed": True, "unmarked": True, "partial": True}
 # Fields that mean the same in both configs.
 _KEPT = (
     "task_type",
@@ -40,6 +43,7 @@ _KEPT = (
     "base_model_name_or_path",
     "revision",
     "target_modules",
+    "target_parameters",
     "exclude_modules",
     "layers_to_transform",
     "layers_pattern",
@@ -63,7 +67,7 @@ def from_lora(
 
     Block (i, j) of `B·A` is `B_i A_j`, of the LoRA's rank. So with s equal to that rank, and r = k·s, every pair of
     blocks gets `A[j][:, i-th slice] = A_jᵀ` and `B[i][j-th slice, :] = B_iᵀ`. Further training can then change each
-    pair independently.
+    pair independently. The LoRA may adapt linear layers, and parameters and experts by `target_parameters`.
 
     Args:
         source: Folder of a LoRA adapter, or a model that carries one.
@@ -94,20 +98,29 @@ def from_lora(
     settings = _hybrid_settings(config, k, r) if hybrid else _block_settings(config, k)
     settings["gralora_k"] = k
     pairs, extras = _pairs(tensors, where)
+    if not isinstance(source, nn.Module) and (refusal := old_experts_refusal(list(pairs), where)):
+        raise ValueError(refusal)
+    records = parameters_of(list(pairs), config, where)
     new = _gralora_config(config, settings, where)
     written: dict[str, Tensor] = {}
-    for name, keys in pairs.items():
-        lora_a, lora_b = (tensors.read(keys[factor]) for factor in LORA_FACTORS)
-        if refusal := _pair_refusal(lora_a, lora_b, k, name, where):
-            raise ValueError(refusal)
-        layer_settings = new.settings_for(name)
+    loras: dict[str, _Lora] = {}
+    for module, keys in pairs.items():
+        lora = _Lora.read(tensors, keys, module, records.get(module))
+        layer_settings = new.settings_for(lora.name)
         rank = layer_settings.hybrid_r if hybrid else layer_settings.r // k
-        if lora_a.shape[0] != rank:
-            raise ValueError(f"The LoRA at {name!r} must be of rank {rank}, as its config says; got {lora_a.shape[0]}.")
-        factors = _beside(lora_a, lora_b, k, layer_settings.r) if hybrid else _split(lora_a, lora_b, k)
+        if refusal := _pair_refusal(lora, where):
+            raise ValueError(refusal)
+        loras[module] = lora.unstacked(rank)
+    loras = _oriented(loras)
+    for module, lora in loras.items():
+        if refusal := _width_refusal(lora, k):
+            raise ValueError(refusal)
+        r = new.settings_for(lora.name).r
+        factors = _beside(lora.a, lora.b, k, r) if hybrid else _split(lora.a, lora.b, k)
         for factor, tensor in zip(GRALORA_FACTORS, factors, strict=True):
             if tensor is not None:
-                written[key_of(name, factor)] = tensor.contiguous()
+                written[key_of(module, factor)] = tensor.contiguous()
+    new.layer_kinds = {module: lora.record.to_dict() for module, lora in loras.items() if lora.record} or None
     written |= {key: tensors.read(key) for key in extras}
     adapter = AdapterFolder(new.to_dict(), written)
     if path is not None:
@@ -189,35 +202,102 @@ def _pairs(tensors: Tensors, where: str) -> tuple[dict[str, dict[str, str]], tup
     return pairs, extras
 
 
-def _pair_refusal(lora_a: Tensor, lora_b: Tensor, k: int, name: str, where: str) -> str | None:
-    """Return why the LoRA of one layer cannot be converted, or None."""
-    if lora_a.dim() != 2 or lora_b.dim() != 2 or lora_a.shape[0] != lora_b.shape[1]:
+class _Lora(NamedTuple):
+    """The LoRA of one weight: `a` is `[*experts, rank, in]`, `b` is `[*experts, out, rank]`.
+
+    Attributes:
+        name: Name of the module, or of the parameter.
+        a: `lora_A`.
+        b: `lora_B`.
+        record: What the weight is; None for a linear layer.
+    """
+
+    name: str
+    a: Tensor
+    b: Tensor
+    record: LayerRecord | None
+
+    @classmethod
+    def read(cls, tensors: Tensors, keys: dict[str, str], module: str, record: LayerRecord | None) -> "_Lora":
+        """Read the tensors of one layer as they are in the file, where those of experts are laid out as matrices."""
+        a, b = (tensors.read(keys[factor]) for factor in LORA_FACTORS)
+        holder = re.sub(r"(\.base_layer)+$", "", module)
+        return cls(f"{holder}.{record.parameter}" if record else module, a, b, record)
+
+    def unstacked(self, rank: int) -> "_Lora":
+        """Return the LoRA of each expert, where there are several, of the given rank.
+
+        Raises:
+            ValueError: The LoRA is not of that rank.
+        """
+        rows = self.a.shape[0]
+        if rows != rank and (self.record is None or rows % rank):
+            raise ValueError(f"The LoRA at {self.name!r} must be of rank {rank}, as its config says; got {rows}.")
+        if rows == rank:
+            return self
+        return self._replace(a=self.a.unflatten(0, (-1, rank)), b=self.b.unflatten(1, (rank, -1)).permute(2, 0, 1))
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Widths of input and output."""
+        return self.a.shape[-1], self.b.shape[-2]
+
+
+def _oriented(loras: dict[str, _Lora]) -> dict[str, _Lora]:
+    """Return `loras` with those of experts transposed where PEFT took their input for their output.
+
+    It does so in modules that store their matrices as `[in, out]` without saying so. The output of gate and up is twice
+    as wide as the input of down.
+    """
+    oriented = dict(loras)
+    for module, down in loras.items():
+        up = loras.get(f"{module}.base_layer")
+        if up is None or up.name.rpartition(".")[2] != "gate_up_proj" or up.widths[1] == 2 * down.widths[0]:
+            continue
+        if up.widths[0] == 2 * down.widths[1]:
+            for name, lora in ((module, down), (f"{module}.base_layer", up)):
+                record = LayerRecord("parameter", lora.record and lora.record.parameter, **_UNMARKED)
+                oriented[name] = lora._replace(a=lora.b.mT, b=lora.a.mT, record=record)
+    return oriented
+
+
+def _pair_refusal(lora: _Lora, where: str) -> str | None:
+    """Return why the LoRA of one layer, as it is in the file, cannot be converted, or None."""
+    a, b = lora.a, lora.b
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
         return (
-            f"A LoRA to be converted must have matrices of one rank; got shapes {list(lora_a.shape)} and "
-            f"{list(lora_b.shape)} at {name!r} in {where!r}."
+            f"A LoRA to be converted must have matrices of one rank; got shapes {list(a.shape)} and {list(b.shape)} at "
+            f"{lora.name!r} in {where!r}."
         )
-    if not (torch.isfinite(lora_a).all() and torch.isfinite(lora_b).all()):
-        return f"The LoRA at {name!r} must be finite; it holds nan or inf in {where!r}."
-    widths = lora_a.shape[1], lora_b.shape[0]
-    if widths[0] % k or widths[1] % k:
-        fitting = ", ".join(map(str, divisors(math.gcd(*widths))))
-        return (
-            f"`k` must divide in_features={widths[0]} and out_features={widths[1]} at {name!r}; got k={k}. Values that "
-            f"fit: {fitting}."
-        )
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        return f"The LoRA at {lora.name!r} must be finite; it holds nan or inf in {where!r}."
     return None
 
 
-def _split(lora_a: Float[Tensor, "rank in"], lora_b: Float[Tensor, "out rank"], k: int) -> Factors:
+def _width_refusal(lora: _Lora, k: int) -> str | None:
+    """Return why k blocks do not fit the widths of the layer, or None."""
+    in_features, out_features = lora.widths
+    if in_features % k == 0 and out_features % k == 0:
+        return None
+    fitting = ", ".join(map(str, divisors(math.gcd(in_features, out_features))))
+    return (
+        f"`k` must divide in_features={in_features} and out_features={out_features} at {lora.name!r}; got k={k}. "
+        f"Values that fit: {fitting}."
+    )
+
+
+def _split(lora_a: Float[Tensor, "*experts rank in"], lora_b: Float[Tensor, "*experts out rank"], k: int) -> Factors:
     """Give every pair of blocks the LoRA's rows and columns of its own block."""
-    A = lora_a.T.unflatten(0, (k, -1)).repeat(1, 1, k)
-    B = lora_b.unflatten(0, (k, -1)).mT.repeat(1, k, 1)
+    A = torch.cat([lora_a.mT.unflatten(-2, (k, -1))] * k, -1)
+    B = torch.cat([lora_b.unflatten(-2, (k, -1)).mT] * k, -2)
     return Factors(A, B)
 
 
-def _beside(lora_a: Float[Tensor, "rank in"], lora_b: Float[Tensor, "out rank"], k: int, r: int) -> Factors:
+def _beside(
+    lora_a: Float[Tensor, "*experts rank in"], lora_b: Float[Tensor, "*experts out rank"], k: int, r: int
+) -> Factors:
     """Keep the LoRA as the hybrid part, with new blocks whose update is zero."""
-    A = lora_a.new_empty(k, lora_a.shape[1] // k, r)
-    B = lora_b.new_empty(k, r, lora_b.shape[0] // k)
+    shapes = factor_shapes(k, r, 0, lora_a.shape[-1], lora_b.shape[-2], tuple(lora_a.shape[:-2]))
+    A, B = (lora_a.new_empty(shape) for shape in shapes[:2] if shape)
     zero_update_(Factors(A, B))
     return Factors(A, B, lora_a, lora_b)

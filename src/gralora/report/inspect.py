@@ -1,7 +1,6 @@
 """Norms, ranks and settings of an adapter, layer by layer, from its files."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gralora.export.engines import VLLM_RANKS, vllm_max_lora_rank
+from gralora.export.layouts import kind_of, lora_refusal
 from gralora.files.checkpoint import Adapter, open_adapter
 from gralora.files.model_weights import BaseWeights
 from gralora.files.names import CONFIG_FILE, TENSOR_FILE
@@ -24,22 +24,24 @@ class LayerReport:
     """Measurements of one adapted layer.
 
     Attributes:
-        target: Name of the adapted weight in the base model: of the module, or of a parameter.
-        experts: Number of matrices in a stack; None for a single one. Norms are those of the stack.
+        target: Name of the module in the base model, or of the parameter.
+        kind: What it is, as a noun in the plural: "linear layers", "experts".
+        experts: Number of matrices where the weight is a stack of them, one for each expert; None for one matrix.
         r: Rank of the blocks.
         hybrid_r: Rank of the hybrid part.
         k: Blocks per side.
         scale: Factor of the update.
-        norm: Frobenius norm of ΔW.
+        norm: Frobenius norm of ΔW, of the whole stack.
         relative_norm: Frobenius norm of ΔW divided by that of W; None without the base, or if it has no such weight.
-        effective_rank: Exponential of the entropy of the singular values (Roy and Vetterli, EUSIPCO 2007); the mean
-            over experts.
+        effective_rank: Exponential of the entropy of the singular values (Roy and Vetterli, EUSIPCO 2007);
+            the mean over a stack.
         lora_rank: Rank of the exact LoRA, `k·r + hybrid_r`.
-        needed_rank: Numerical rank of ΔW, the lowest LoRA rank that loses nothing; the highest of the experts'.
+        needed_rank: Numerical rank of ΔW, the lowest LoRA rank that loses nothing; the highest in a stack.
         parameters: Number of trained values.
     """
 
     target: str
+    kind: str
     experts: int | None
     r: int
     hybrid_r: int
@@ -65,6 +67,7 @@ class Report:
         parameters: Number of trained values in the factors.
         also_trained: Keys of trained biases, whole modules and rows of embeddings.
         bytes: Size of config and tensor file in bytes.
+        no_lora_for: What it adapts that no LoRA can adapt equally, or None.
         lora_rank: Highest `lora_rank` of a layer, which is the rank of an export.
         vllm_max_lora_rank: Smallest `--max-lora-rank` of vLLM that takes the rank; None if none does.
     """
@@ -76,6 +79,7 @@ class Report:
     parameters: int
     also_trained: tuple[str, ...]
     bytes: int
+    no_lora_for: str | None
     lora_rank: int
     vllm_max_lora_rank: int | None
 
@@ -86,6 +90,23 @@ class Report:
             return (
                 "PEFT and transformers as it is. It holds more than factors, so LoRA engines need it merged: "
                 "`gralora merge`."
+            )
+        if self.no_lora_for:
+            return (
+                f"PEFT and transformers as it is. No LoRA has the same update on its {self.no_lora_for}, so LoRA "
+                "engines need it merged: `gralora merge`."
+            )
+        kinds = {layer.kind for layer in self.layers}
+        if kinds & {"convolutions", "embeddings", "parameters"}:
+            return (
+                "PEFT and transformers as it is, and as LoRA after `gralora export`, which says which engines take it; "
+                "others need it merged: `gralora merge`."
+            )
+        if kinds != {"linear layers"}:
+            rank = self.vllm_max_lora_rank or VLLM_RANKS[-1]
+            return (
+                f"PEFT and transformers as it is; vLLM (--max-lora-rank {rank}), SGLang and llama.cpp after "
+                "`gralora export`, which says how they take experts."
             )
         others = "SGLang and llama.cpp after `gralora export`"
         if self.vllm_max_lora_rank is None:
@@ -124,33 +145,33 @@ def inspect(adapter: str | Path, base: str | Path | None = None) -> Report:
         parameters=sum(layer.parameters for layer in layers),
         also_trained=opened.extras,
         bytes=sum((Path(adapter) / name).stat().st_size for name in (CONFIG_FILE, TENSOR_FILE)),
+        no_lora_for=next((kind_of(layer) for layer in opened.layers.values() if lora_refusal(layer)), None),
         lora_rank=lora_rank,
         vllm_max_lora_rank=vllm_max_lora_rank(lora_rank),
     )
 
 
 @torch.no_grad()
-def block_norms(matrices: Iterable[Factors], scale: float) -> Float[Tensor, "k k"]:
-    """Return the Frobenius norms of the blocks of ΔW; rows are output blocks, columns are input blocks.
-
-    Args:
-        matrices: Factors of one matrix, or of each expert of a stack, whose blocks are taken together.
-        scale: Factor of the update.
-    """
-    total = 0.0
-    for factors in matrices:
-        delta = blocks.dense(factors.to(torch.float64), scale)
-        total += delta.unflatten(0, (factors.k, -1)).unflatten(2, (factors.k, -1)).square().sum((1, 3))
-    return torch.as_tensor(total).sqrt()
+def block_norms(factors: Factors, scale: float) -> Float[Tensor, "k k"]:
+    """Return the Frobenius norms of the blocks of ΔW; rows are output blocks, columns are input blocks."""
+    delta = blocks.dense(factors.to(torch.float64), scale)
+    k = factors.k
+    return delta.unflatten(0, (k, -1)).unflatten(2, (k, -1)).square().sum((1, 3)).sqrt()
 
 
 def _measure(adapter: Adapter, name: str, weights: BaseWeights | None) -> LayerReport:
-    layer, matrices = adapter.layers[name], list(adapter.matrices(name))
-    spectra = [svd.singular_values(factors, layer.scale) for factors in matrices]
-    norm = math.sqrt(sum(float(s.square().sum()) for s in spectra))
-    of = weights.norm(layer.weight, layer.matrix_shape) if weights else None
+    layer = adapter.layers[name]
+    norms, effective, needed = [], [], []
+    for factors in adapter.matrices(name):
+        s = svd.singular_values(factors, layer.scale)
+        norms.append(float(s.square().sum().sqrt()))
+        effective.append(svd.effective_rank(s))
+        needed.append(svd.numerical_rank(s, factors))
+    norm = math.hypot(*norms)
+    of = weights.norm(layer.weight_name, layer.weight_shape) if weights else None
     return LayerReport(
-        target=layer.weight,
+        target=name,
+        kind=kind_of(layer),
         experts=layer.experts,
         r=layer.settings.r,
         hybrid_r=layer.settings.hybrid_r,
@@ -158,8 +179,8 @@ def _measure(adapter: Adapter, name: str, weights: BaseWeights | None) -> LayerR
         scale=layer.scale,
         norm=norm,
         relative_norm=norm / of if of else None,
-        effective_rank=sum(map(svd.effective_rank, spectra)) / len(spectra),
+        effective_rank=sum(effective) / len(effective),
         lora_rank=layer.rank,
-        needed_rank=max(svd.numerical_rank(*pair) for pair in zip(spectra, matrices, strict=True)),
+        needed_rank=max(needed),
         parameters=layer.parameters,
     )

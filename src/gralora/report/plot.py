@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gralora.files.atomic import appearing, check_output
 from gralora.files.checkpoint import open_adapter
 from gralora.optional import require
@@ -52,7 +54,8 @@ def _draw_depths(axes: Any, report: Report) -> None:
     for entry in report.layers:
         found = _INDEX.search(f".{entry.target}.")
         value = entry.relative_norm if relative else entry.norm
-        kind = entry.target.rpartition(".")[2]
+        # A parameter that is called "weight" is known by its module.
+        kind = entry.target.removesuffix(".weight").rpartition(".")[2]
         lines.setdefault(kind, []).append((int(found[1]) if found else 0, value or 0.0))
     for kind, points in lines.items():
         depths, values = zip(*sorted(points), strict=True)
@@ -66,10 +69,10 @@ def _draw_depths(axes: Any, report: Report) -> None:
 
 def _draw_blocks(axes: Any, report: Report, target: str) -> None:
     adapter = open_adapter(report.adapter)
-    layer = next(layer for layer in adapter.layers.values() if layer.weight == target)
-    norms = block_norms(adapter.matrices(layer.name), layer.scale)
+    layer = adapter.layers[target]
+    norms = torch.stack([block_norms(factors, layer.scale) for factors in adapter.matrices(target)]).norm(dim=0)
     image = axes.imshow(norms.numpy(), vmin=0, cmap="viridis")
-    axes.set_title(target, fontsize="small")
+    axes.set_title(f"{target} ({layer.experts} experts)" if layer.experts else target, fontsize="small")
     axes.set_xlabel("input block j")
     axes.set_ylabel("output block i")
     axes.set_xticks(range(norms.shape[1]))

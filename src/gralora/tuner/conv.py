@@ -61,10 +61,15 @@ class Conv(GraloraLayer):
         return WeightRef(base, matrix=partial(torch.flatten, start_dim=1), stored=stored)
 
     def record(self) -> dict[str, Any]:
-        """Return the shape of the base weight, `[out, in / groups, *kernel]`, and the groups where there are any."""
+        """Return the shape of the base weight, `[out, in / groups, *kernel]`, and settings that are not the default."""
         base: Any = self.get_base_layer()
         shape = [base.out_channels, base.in_channels // base.groups, *base.kernel_size]
-        return {"kind": "conv", "shape": shape} | ({"groups": base.groups} if base.groups > 1 else {})
+        further = {
+            "groups": base.groups if base.groups > 1 else None,
+            "dilation": list(base.dilation) if max(base.dilation) > 1 else None,
+            "padding_mode": base.padding_mode if base.padding_mode != "zeros" else None,
+        }
+        return {"kind": "conv", "shape": shape} | {name: value for name, value in further.items() if value}
 
     def update(self, x: Tensor, factors: blocks.Factors) -> Tensor:
         """Return the adapter's output `[batch, out, *spatial]`, without `batch` where `x` has none."""

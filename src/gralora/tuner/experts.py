@@ -24,6 +24,9 @@ from gralora.tuner.grouped import Routing, add_update, product
 from gralora.tuner.layer import GraloraLayer
 from gralora.tuner.parameters import ParameterLayer, shape_of
 
+# Types of models whose experts were `block_sparse_moe.experts.N.w1`, `.w3` (gate, up) and `.w2` in transformers 4.
+_LIKE_MIXTRAL = {"mixtral", "minimax", "minimax_m2"}
+
 
 class Experts(ParameterLayer):
     """GraLoRA on the stacked weights of experts that follow transformers' experts interface, in all its layouts."""
@@ -38,6 +41,12 @@ class Experts(ParameterLayer):
     ) -> None:
         super().__init__(base_layer, quantization_backend, parameter_name)
         self._projections = self.projections(self.get_base_layer())
+
+    def record(self) -> dict[str, Any]:
+        """Return the record of a parameter, and whether the experts were named as in Mixtral in transformers 4."""
+        config: Any = getattr(self.get_base_layer(), "config", None)
+        former = {"former": "mixtral"} if getattr(config, "model_type", None) in _LIKE_MIXTRAL else {}
+        return super().record() | former
 
     @classmethod
     def projections(cls, base: nn.Module) -> tuple[str, ...]:

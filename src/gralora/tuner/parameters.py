@@ -73,19 +73,20 @@ class ParameterLayer(GraloraLayer):
         return WeightRef(base.get_submodule(path), name, turn, turn, *self.experts)
 
     def record(self) -> dict[str, Any]:
-        """Return the name of the parameter, and what there is to say of its layout.
+        """Return the name of the parameter and how a stack is stored.
 
-        "transposed": its matrices are stored as `[in, out]`; "unmarked": without an attribute that says so;
-        "interleaved": the rows of gate and up alternate.
+        "transposed": its matrices are `[in, out]`, "unmarked": without an attribute that says so, "interleaved": the
+        rows of gate and up alternate.
         """
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         transposed = is_transposed(base, self.parameter_name)
-        said = {
+        flags = {
             "transposed": transposed,
             "unmarked": transposed and not getattr(base, "is_transposed", False),
-            "interleaved": not getattr(base, "is_concatenated", True) and self.parameter_name == "gate_up_proj",
+            "interleaved": self.parameter_name == "gate_up_proj" and not getattr(base, "is_concatenated", True),
         }
-        return {"kind": "parameter", "parameter": self.parameter_name} | {k: True for k, so in said.items() if so}
+        set_flags = {name: True for name, is_set in flags.items() if is_set}
+        return {"kind": "parameter", "parameter": self.parameter_name} | set_flags
 
     def weight_name(self, name: str) -> str:
         """Return the name of the module and of the parameter."""
