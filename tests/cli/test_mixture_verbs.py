@@ -62,18 +62,3 @@ def test_inspect_shows_the_stacks(folders, capsys):
     norms = {entry["target"]: entry["norm"] for entry in report["layers"]}
     expected = layer.get_delta_weight("default").norm()
     assert norms["model.layers.1.mlp.experts.down_proj"] == pytest.approx(float(expected), rel=1e-5)
-    status, out, _ = run(capsys, "inspect", folders / "adapter", "--plot", folders / "picture.png")
-    assert (folders / "picture.png").is_file()
-    assert "4 experts" in out.replace("\n", " ").replace("(4 ", "4 ")
-
-
-def test_export_says_how_vllm_has_to_read_it(folders, capsys):
-    status, out, _ = run(capsys, "export", folders / "adapter", folders / "lora")
-    assert status == 0
-    assert "is_3d_lora_weight" in out
-    status, out, _ = run(capsys, "export", folders / "adapter", folders / "each", "--experts", "per-expert")
-    assert status == 0
-    assert "without `is_3d_moe_weight`" in out
-    status, _, err = run(capsys, "export", folders / "adapter", folders / "x", "--experts", "all")
-    assert status == 2
-    assert "--experts must be 'stacked' or 'per-expert'; got --experts 'all'" in err.replace("`", "")
