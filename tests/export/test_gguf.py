@@ -195,6 +195,17 @@ def test_llama_cpp_adapts_embeddings_and_experts(make, targets, tmp_path):
     assert (expected - base).abs().max() > 0.1
 
 
+@pytest.mark.filterwarnings("ignore:(This adapter uses|Model has) `")
+def test_an_embedding_that_is_the_output_layer_too_is_refused(tmp_path):
+    base = tiny_llama(tie_word_embeddings=True)
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(base, GraloraConfig(r=4, target_modules=["embed_tokens"]))
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    with pytest.raises(ValueError, match=r"'model.embed_tokens' cannot be exported to GGUF: the base model's output l"):
+        to_gguf(tmp_path / "adapter", tmp_path / "out.gguf", LoraOptions(), base=str(tmp_path / "base"))
+    assert not (tmp_path / "out.gguf").exists()
+
+
 @pytest.mark.filterwarnings("ignore:This adapter uses `")
 @pytest.mark.parametrize("name", ["gpt_oss", "llama4"])
 def test_experts_that_the_converter_does_not_know_are_refused(name, tmp_path):

@@ -60,13 +60,18 @@ def to_gguf(
     dtype = options.dtype or torch.float32
 
     def write(adapter: Adapter, export: LoraExport, file: Path) -> LoraFile:
+        from gralora import pretrained
+
         named = base or adapter.config.base_model_name_or_path
         if not named:
             raise ValueError(f"`base` must be given: the adapter in {adapter.where!r} names no base model.")
+        location = pretrained.resolve(named, torch.bfloat16).location
+        if refusal := _tied_refusal(adapter, location):
+            raise ValueError(refusal)
         folder = file.with_name("lora")
         written = write_folder(adapter, export, folder)
         outputs = ["--outtype", _OUT_TYPES[dtype], "--outfile", str(file)]
-        _run(converter, [*_base_arguments(named), *outputs, str(folder)])
+        _run(converter, [*_base_arguments(location), *outputs, str(folder)])
         _check_pairs(file, adapter)
         return written
 
@@ -99,10 +104,22 @@ def find_converter(llama_cpp: str | Path | None = None) -> Path:
     )
 
 
-def _base_arguments(base: str) -> list[str]:
-    from gralora import pretrained
+def _tied_refusal(adapter: Adapter, location: str) -> str | None:
+    """Return why llama.cpp cannot apply an adapter of embeddings to this base, or None."""
+    embeddings = [name for name, layer in adapter.layers.items() if layer.record.kind == "embedding"]
+    if not embeddings:
+        return None
+    from transformers import AutoConfig
 
-    location = pretrained.resolve(base, torch.bfloat16).location
+    if not AutoConfig.from_pretrained(location).get_text_config().tie_word_embeddings:
+        return None
+    return (
+        f"{embeddings[0]!r} cannot be exported to GGUF: the base model's output layer has the same weight, and "
+        "llama.cpp ends when it applies the adapter there. Merge the adapter into the model with `gralora merge`."
+    )
+
+
+def _base_arguments(location: str) -> list[str]:
     return ["--base", location] if os.path.isdir(location) else ["--base-model-id", location]
 
 

@@ -41,7 +41,8 @@ def lora_config(adapter: Adapter, rank: int, lora_alpha: int, experts: ExpertsLa
         "lora_alpha": lora_alpha,
         "lora_dropout": 0.0,
         "target_modules": target_modules(adapter, experts),
-        "fan_in_fan_out": config.fan_in_fan_out,
+        # PEFT refuses it beside parameters.
+        "fan_in_fan_out": config.fan_in_fan_out and not further["target_parameters"],
         "bias": {GRALORA_BIAS: LORA_BIAS}.get(config.bias, config.bias) if adapter.extras else "none",
         "modules_to_save": sorted(config.modules_to_save) if config.modules_to_save else None,
         "use_rslora": False,
