@@ -12,7 +12,8 @@ A kind's test file subclasses `LayerContract` and says how to make one, and what
         def output(self, base, x, weight):
             return nn.functional.linear(x, weight, base.bias.double())
 
-Both sides of the base's matrix must be divisible by 1, 2, 3 and 4, and one of them not by 5. Everything is compared
+Both sides of the base's matrix must be divisible by 1, 2, 3 and 4, but for the input of a kind that pads it, and one of
+them not by 5. Everything is compared
 with the dense update of `oracle`, added to the weight in float64.
 """
 
@@ -72,6 +73,7 @@ class LayerContract:
     exact_dtype = torch.float64  # the widest dtype in which the base computes
     rounds_once = True  # a merged weight is the exact sum, rounded to the stored dtype
     transforms = True  # the base works under torch.func.vmap
+    takes_ids = False  # the input is integers, which have no gradient and are not dropped out
 
     # A kind says this -------------------------------------------------------------------------------------------------
 
@@ -110,13 +112,18 @@ class LayerContract:
         model.add_adapter("second", self.config(k=3))
         return model
 
+    def leaf(self, x):
+        """Return the inputs that have gradients."""
+        return [] if self.takes_ids else [x.requires_grad_()]
+
     def expected(self, layer, x, *names, scale=1.0):
         """Return the output of the base plus the dense updates of the named adapters, times `scale`, in float64."""
         deltas = [scale * oracle.dense(*factors_of(layer, name), layer.scaling[name]) for name in names]
         return self.dense_output(layer.get_base_layer(), x, *deltas).detach()
 
     def dense_output(self, base, x, *deltas):
-        return self.output(base, x.double(), self.weight(base) + sum(self.stored(base, delta) for delta in deltas))
+        x = x if self.takes_ids else x.double()
+        return self.output(base, x, self.weight(base) + sum(self.stored(base, delta) for delta in deltas))
 
     def assert_merged(self, found, expected, dtype):
         if self.rounds_once:
@@ -135,14 +142,18 @@ class LayerContract:
     def test_gradients_are_those_of_the_dense_update(self, k, hybrid_r):
         layer, x = layer_of(self.adapt(k=k, hybrid_r=hybrid_r)), self.make_input(self.exact_dtype)
         factors = factors_of(layer)
-        exact = [x.double(), *(f if f is None else f.detach().double() for f in factors)]
+        exact = [f if f is None else f.detach().double() for f in factors]
         results = []
-        for leaves, forward in (
-            ((x, *factors), lambda x, *_: layer(x)),
-            (exact, lambda x, *f: self.dense_output(layer.base_layer, x, oracle.dense(*f, layer.scaling["default"]))),
+        for seen, leaves, forward in (
+            (x, factors, lambda x, *_: layer(x)),
+            (
+                x if self.takes_ids else x.double(),
+                exact,
+                lambda x, *f: self.dense_output(layer.base_layer, x, oracle.dense(*f, layer.scaling["default"])),
+            ),
         ):
-            wanted = [leaf.requires_grad_() for leaf in leaves if leaf is not None]
-            y = forward(*leaves)
+            wanted = self.leaf(seen) + [leaf.requires_grad_() for leaf in leaves if leaf is not None]
+            y = forward(seen, *leaves)
             g = torch.linspace(-1, 2, y.numel(), dtype=torch.float64).view(y.shape)
             results.append(torch.autograd.grad(y, wanted, g.to(y.dtype)))
         for found, expected in zip(*results, strict=True):
@@ -156,11 +167,12 @@ class LayerContract:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision_is_near_the_dense_update(self, dtype):
-        layer, x = layer_of(self.adapt(dtype, hybrid_r=2)), self.make_input(dtype).requires_grad_()
+        layer, x = layer_of(self.adapt(dtype, hybrid_r=2)), self.make_input(dtype)
+        leaves = self.leaf(x)
         y = layer(x)
         assert_near(y, self.expected(layer, x.detach(), "default"), dtype)
         y.sum().backward()
-        assert y.dtype == x.grad.dtype == dtype
+        assert {y.dtype, *(leaf.grad.dtype for leaf in leaves)} == {dtype}
         assert layer.gralora_A["default"].grad.dtype == torch.float32
 
     def test_the_output_dtype_under_autocast_is_that_of_the_base(self):
@@ -196,7 +208,7 @@ class LayerContract:
     def test_one_dropout_draw_feeds_both_parts(self):
         layer, x = layer_of(self.adapt(gralora_dropout=0.5, hybrid_r=2)), self.make_input(self.exact_dtype)
         torch.manual_seed(7)
-        dropped = nn.functional.dropout(x, 0.5)
+        dropped = x if self.takes_ids else nn.functional.dropout(x, 0.5)
         updates = [self.expected(layer, seen, "default") - self.expected(layer, seen) for seen in (dropped, x)]
         for training, update in zip((True, False), updates, strict=True):
             layer.train(training)
@@ -220,8 +232,8 @@ class LayerContract:
         assert not calls
 
     def test_gradient_checkpointing_gives_the_same_gradients(self):
-        model, x = self.adapt(hybrid_r=2), self.make_input(self.exact_dtype).requires_grad_()
-        wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
+        model, x = self.adapt(hybrid_r=2), self.make_input(self.exact_dtype)
+        wanted = self.leaf(x) + [p for p in model.parameters() if p.requires_grad]
         expected = torch.autograd.grad(model(x).square().sum(), wanted)
         y = checkpoint(model, x, use_reentrant=False)
         assert_all_equal(torch.autograd.grad(y.square().sum(), wanted), expected)

@@ -28,6 +28,7 @@ NAMES = {
         "get_quantization_kwargs",
         "resolve_quantization_backend",
     ],
+    "peft.utils.save_and_load": ["get_peft_model_state_dict"],
     "peft.utils.transformers_weight_conversion": ["build_peft_weight_mapping"],
     "transformers.core_model_loading": ["WeightRenaming"],
     "transformers.pytorch_utils": ["Conv1D"],

@@ -206,7 +206,7 @@ def test_a_refused_second_adapter_leaves_the_first():
 
 
 def test_modules_of_other_kinds_are_refused():
-    assert_refused(tiny_llama(), config(target_modules=["embed_tokens"]), TypeError, "got Embedding")
+    assert_refused(tiny_llama(), config(target_modules=["norm"]), TypeError, "got LlamaRMSNorm")
     assert_refused(tiny_llama(), config(target_modules=["mlp"]), TypeError, "got LlamaMLP")
 
 

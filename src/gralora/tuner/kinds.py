@@ -4,12 +4,13 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 
 from gralora.tuner.conv import Conv
+from gralora.tuner.embedding import Embedding
 from gralora.tuner.experts import Experts
 from gralora.tuner.layer import GraloraLayer
 from gralora.tuner.linear import Conv1D, Linear
 from gralora.tuner.parameters import ParameterLayer
 
-KINDS: tuple[type[GraloraLayer], ...] = (Linear, Conv1D, Conv)
+KINDS: tuple[type[GraloraLayer], ...] = (Linear, Conv1D, Conv, Embedding)
 
 
 def kind_for(base: nn.Module, backend: QuantizationBackend | None) -> type[GraloraLayer] | None:

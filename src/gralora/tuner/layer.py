@@ -25,9 +25,9 @@ class GraloraLayer(MergeableLayer):
     It holds its base and is no `nn.Linear` itself: tools that swap linears by type find the base.
 
     What differs between kinds of layers is in the hooks that a subclass overrides: `noun`, `can_be_sliced`,
-    `pads_inputs`, `covers`, `refusal`, `parameters`, `features`, `weight_ref`, `record` and `update`; `compute_dtype`
-    and `inputs`, where `update` does not take x itself; `fill`, where adapters start otherwise; `add` and `fused`,
-    where the kind has a faster way.
+    `pads_inputs`, `covers`, `refusal`, `parameters`, `features`, `weight_ref`, `record` and `update`; `compute_dtype`,
+    `inputs` and `scaled`, where `update` does not take x and the factors themselves; `fill`, where adapters start
+    otherwise; `add` and `fused`, where the kind has a faster way.
 
     Attributes:
         gralora_A: Adapter name to parameter `[k, n, r]`.
@@ -121,6 +121,10 @@ class GraloraLayer(MergeableLayer):
         """Return what `update` gets of `x`: after dropout, in `dtype`."""
         return self.gralora_dropout[adapter_name](x).to(dtype)
 
+    def scaled(self, factors: blocks.Factors, scale: float, dtype: torch.dtype, device: torch.device) -> blocks.Factors:
+        """Return what `update` gets of `factors`: on `device` in `dtype`, with B and B_general times `scale`."""
+        return factors.scaled(scale, dtype, device)
+
     def update(self, x: Tensor, factors: blocks.Factors) -> Tensor:
         """Return the adapter's output, in the shape of the base's output.
 
@@ -189,7 +193,7 @@ class GraloraLayer(MergeableLayer):
             )
         # Small tensors follow the big ones: the factors go to the compute dtype; x goes up in float16 alone.
         dtype = update_dtype(self.compute_dtype(x), factors)
-        scaled = factors.scaled(self.scaling[adapter_name], dtype, x.device)
+        scaled = self.scaled(factors, self.scaling[adapter_name], dtype, x.device)
         inputs = self.inputs(x, adapter_name, dtype)
         with without_autocast(x):
             return self.add(result, inputs, scaled)

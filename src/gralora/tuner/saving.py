@@ -1,5 +1,6 @@
 """The tensors of an adapter that is saved, whole also where FSDP or DeepSpeed's ZeRO-3 have sharded them."""
 
+import warnings
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -68,6 +69,36 @@ def _embeddings(model: nn.Module) -> list[nn.Module]:
         except NotImplementedError:  # transformers raises this for some vision models
             continue
     return [module for module in found if module is not None]
+
+
+def adapted_embeddings(model: nn.Module, adapter_name: str) -> list[GraloraLayer]:
+    """Return the input and output embeddings that have this adapter."""
+    found = [layer for layer in _embeddings(model) if isinstance(layer, GraloraLayer)]
+    return [layer for layer in found if layer.has_adapter(adapter_name)]
+
+
+def embeddings_changed(model: Any, adapter_name: str) -> bool:
+    """Return whether base weights of adapted embeddings differ from the base model's.
+
+    They do where they are trained, or where the vocabulary has another size than the base model's config says.
+    """
+    for layer in adapted_embeddings(model, adapter_name):
+        weight = layer.weight_ref().parameter
+        if weight is not None and weight.requires_grad:
+            return True
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    base = model.peft_config[adapter_name].base_model_name_or_path
+    if not size or not base:
+        return False
+    try:
+        return type(model.config).from_pretrained(base).vocab_size != size
+    except OSError:
+        warnings.warn(
+            f"The config of {base!r} cannot be read, so it is not known whether the vocabulary was resized. The base "
+            "weights of its embeddings are not saved; pass `save_embedding_layers=True` to save them.",
+            stacklevel=4,
+        )
+        return False
 
 
 def plain_name(name: str) -> str:
