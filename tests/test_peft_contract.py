@@ -38,6 +38,8 @@ OVERRIDDEN = {
     "merge_adapter": ["adapter_names", "safe_merge"],
     "_unload_and_optionally_merge": ["merge", "progressbar", "safe_merge", "adapter_names"],
     "_check_merge_allowed": [],
+    "_check_tied_module_exists": ["peft_config", "key"],
+    "_check_tied_modules": ["model", "peft_config"],
     "_check_target_module_compatiblity": ["peft_config", "model", "target_name"],
     "_create_and_replace": [
         "peft_config",
@@ -55,6 +57,7 @@ OVERRIDDEN = {
 CALLED = {
     "_prepare_adapter_config": ["peft_config", "model_config"],
     "_check_target_module_exists": ["peft_config", "key"],
+    "_get_module_names_tied_with_embedding": [],
     "get_model_config": ["model"],
 }
 

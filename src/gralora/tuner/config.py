@@ -25,6 +25,7 @@ EXTRA_FIELDS = (
     "trainable_token_indices",
     "target_parameters",
     "layer_kinds",
+    "ensure_weight_tying",
 )
 ALL_LINEAR = "all-linear"
 
@@ -109,6 +110,8 @@ class GraloraConfig(PeftConfig):
             by the name of the layer, so that the adapter can be read without its base model.
         use_rslora: Scale by `alpha / sqrt(r + hybrid_r)` (Kalajdzievski, arXiv 2312.03732).
         trainable_token_indices: Rows of the embedding to train beside the adapter, as in PEFT's LoRA.
+        ensure_weight_tying: Where a target, or one of `modules_to_save`, shares its weight with the input embedding,
+            adapt all modules that share it with one set of parameters. The input embedding is then a target.
 
     Raises:
         ValueError: A value breaks its rule; the message names both.
@@ -140,6 +143,7 @@ class GraloraConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     target_parameters: list[str] | None = None
     layer_kinds: dict[str, dict[str, Any]] | None = None
+    ensure_weight_tying: bool = False
     is_registered: ClassVar[bool] = False  # whether PEFT uses our tuner
 
     def __post_init__(self) -> None:
@@ -274,7 +278,7 @@ class GraloraConfig(PeftConfig):
             raise ValueError(f"`gralora_dropout` must be in [0, 1); got gralora_dropout={self.gralora_dropout!r}.")
         if self.bias not in ("none", "all", "gralora_only"):
             raise ValueError(f"`bias` must be 'none', 'all' or 'gralora_only'; got bias={self.bias!r}.")
-        for name in ("init_weights", "use_rslora", "fan_in_fan_out"):
+        for name in ("init_weights", "use_rslora", "fan_in_fan_out", "ensure_weight_tying"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be True or False; got {name}={getattr(self, name)!r}.")
         for name in ("rank_pattern", "k_pattern", "alpha_pattern"):

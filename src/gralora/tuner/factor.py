@@ -23,6 +23,37 @@ class Factor(nn.Module):
         return weight if type(weight) is nn.Parameter else weight.clone()
 
 
+class TiedFactor(nn.Module):
+    """Module that returns the tensor of another holder, or its transpose, and has no parameter of its own."""
+
+    def __init__(self, source: Factor, layer: Any, transposed: bool) -> None:
+        super().__init__()
+        self._source = (source, layer)  # in a tuple, so that neither becomes a part of this module
+        self._transposed = transposed
+
+    @property
+    def layer(self) -> Any:
+        """The layer that has the other holder."""
+        return self._source[1]
+
+    @property
+    def weight(self) -> Tensor:
+        """The tensor."""
+        return self._turned(self._source[0].weight)
+
+    def forward(self) -> Tensor:
+        """Return the tensor, by calling the other holder."""
+        return self._turned(self._source[0]())
+
+    def assign(self, value: Tensor) -> None:
+        """Put `value` into the other holder."""
+        source = self._source[0]
+        source.weight = nn.Parameter(self._turned(value.detach()).contiguous(), source.weight.requires_grad)
+
+    def _turned(self, tensor: Tensor) -> Tensor:
+        return tensor.mT if self._transposed else tensor
+
+
 class FactorDict(nn.ModuleDict):
     """Adapter name to parameter, stored as `Factor` modules.
 
@@ -37,6 +68,9 @@ class FactorDict(nn.ModuleDict):
     def __setitem__(self, key: str, value: Tensor | nn.Module) -> None:
         if isinstance(value, nn.Module):
             super().__setitem__(key, value)
+            return
+        if key in self and isinstance(holder := self._modules[key], TiedFactor):
+            holder.assign(value)
             return
         requires_grad = self[key].requires_grad if key in self else value.requires_grad
         if key not in self:

@@ -257,7 +257,7 @@ class GraloraLayer(MergeableLayer):
             part, ref = self.part(adapter_name), self.weight_ref()
             dtype = delta_dtype(part.factors.A.dtype)
             if not self.experts:
-                return ref.stored(delta([part], dtype)[:, : self.in_features])
+                return ref.stored(delta([part], dtype, 0, self.out_features)[:, : self.in_features])
             return torch.stack([ref.stored(delta([part.expert(e)], dtype)) for e in range(*self.experts)])
 
     def part(self, adapter_name: str) -> Part:

@@ -8,6 +8,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from gralora.tuner.factor import TiedFactor
 from gralora.tuner.layer import GraloraLayer
 
 # What FSDP1 and torch's activation checkpointing put into the names of modules, but not into a state dict.
@@ -167,6 +168,8 @@ def missing_refusal(layers: dict[str, nn.Module], adapter_name: str, tensors: di
 def _holds_tensors(container: Any, adapter_name: str) -> bool:
     """Return whether there are parameters of an adapter; PEFT's own tuner keeps an empty module for no hybrid part."""
     if adapter_name not in container:
+        return False
+    if isinstance(getattr(container, "_modules", {}).get(adapter_name), TiedFactor):
         return False
     factor = container[adapter_name]
     return isinstance(factor, Tensor) or any(True for _ in factor.parameters())

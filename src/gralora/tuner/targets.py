@@ -87,6 +87,7 @@ class Target:
         backend: PEFT's access to a quantised module.
         kind: The kind of layer that it gets; None where no kind covers it.
         parameter_name: Name of the weight in the module.
+        tied: Whether it gets the adapter of the input embedding, transposed where it is a linear layer.
     """
 
     module: nn.Module
@@ -94,6 +95,7 @@ class Target:
     backend: QuantizationBackend | None
     kind: type[GraloraLayer] | None
     parameter_name: str = "weight"
+    tied: bool = False
 
     @property
     def name(self) -> str:
@@ -166,7 +168,7 @@ class Target:
 
     def width_refusal(self, config: GraloraConfig) -> str | None:
         """Return why the blocks do not fit the widths of the weight, or None."""
-        if self.kind is None:
+        if self.kind is None or self.tied:
             return None
         widths = self.kind.features(self.base, self.parameter_name)
         return self.settings(config).width_refusal(*widths, self.kind.pads_inputs)
