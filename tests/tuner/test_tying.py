@@ -6,6 +6,7 @@ import torch
 from conftest import assert_same_bits, tiny_llama, weights_of
 from contract import assert_near, copy_by_pickle, factors_of
 from peft import PeftModel, get_layer_status
+from processes import run_two_processes
 from safetensors.torch import load_file
 from torch.func import functional_call
 from torch.nn import functional
@@ -90,7 +91,7 @@ def test_training_in_bfloat16_does_not_move_the_two_apart():
         optimizer.zero_grad()
     embedding, head = ends(model)
     assert factors_of(embedding)[0].dtype == torch.float32
-    assert torch.equal(factors_of(head)[0], factors_of(embedding)[1].mT)
+    assert torch.equal(head.gralora_A["default"], embedding.gralora_B["default"].mT)
     assert_near(head.get_delta_weight("default"), embedding.get_delta_weight("default"), torch.float32)
 
 
@@ -142,7 +143,7 @@ def test_copies_are_whole_and_independent(through, merged):
     assert torch.equal(twin(TOKENS).logits, plain)
     with torch.no_grad():
         ends(twin)[0].gralora_A["default"].zero_()
-    assert not factors_of(ends(twin)[1])[1].any()  # still tied, and to the twin's
+    assert not ends(twin)[1].gralora_B["default"].any()  # still tied, and to the twin's
 
 
 def test_a_conversion_while_merged_keeps_the_way_back():
@@ -253,7 +254,7 @@ def test_an_adapter_of_the_same_name_is_replaced_in_both():
     model.base_model.delete_adapter("default")
     model.add_adapter("default", config(r=8))
     embedding, head = ends(model)
-    assert torch.equal(factors_of(head)[0], factors_of(embedding)[1].mT)
+    assert torch.equal(head.gralora_A["default"], embedding.gralora_B["default"].mT)
     assert head.r == {"default": 8}
 
 
@@ -366,3 +367,37 @@ def test_modules_that_are_trained_whole_are_tied():
     embedding, head = ends(model)
     assert embedding.modules_to_save["default"].weight is head.modules_to_save["default"].weight
     assert embedding.modules_to_save["default"].weight.requires_grad
+
+
+FSDP1 = """
+import warnings
+import gralora
+from conftest import tiny_llama
+from peft import PeftModel, get_peft_model
+from peft.utils.other import fsdp_auto_wrap_policy
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+warnings.filterwarnings("ignore", message="This adapter uses")
+TOKENS = torch.arange(3, 13)[None]
+config = gralora.GraloraConfig(
+    r=8, gralora_k=4, target_modules=["q_proj", "lm_head"], ensure_weight_tying=True, init_weights=False, alpha=1
+)
+base = lambda: tiny_llama(num_hidden_layers=1, tie_word_embeddings=True)
+torch.manual_seed(0)
+one = get_peft_model(base(), config)
+model = copy.deepcopy(one)
+policy = fsdp_auto_wrap_policy(model)
+forward = FSDP(model, auto_wrap_policy=policy, use_orig_params=False, device_id=torch.device("cpu"))
+losses, expected = train(forward.train(), TOKENS), train(one.train(), TOKENS)
+torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), atol=1e-4, rtol=0)
+model.save_pretrained(f"{folder}/adapter", is_main_process=rank == 0)
+dist.barrier()
+again = PeftModel.from_pretrained(base(), f"{folder}/adapter").eval()
+torch.testing.assert_close(again(TOKENS).logits, one.eval()(TOKENS).logits, atol=1e-3, rtol=0)
+dist.destroy_process_group()
+"""
+
+
+def test_trains_and_saves_under_fsdp1_as_one_process_does(tmp_path):
+    """PEFT's policy makes every factor a unit of its own, which must be called to be whole."""
+    run_two_processes(FSDP1, tmp_path)

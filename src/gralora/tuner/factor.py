@@ -24,11 +24,18 @@ class Factor(nn.Module):
 
 
 class TiedFactor(nn.Module):
-    """Module that returns the tensor of another holder, or its transpose, and has no parameter of its own."""
+    """Module that returns the tensor of another holder when called, or its transpose, and has no parameter.
 
-    def __init__(self, source: Factor, layer: Any, transposed: bool) -> None:
+    Args:
+        source: The other holder.
+        layer: The layer that has it.
+        container: Name of the container in which the layer has it.
+        transposed: Whether to return the transpose.
+    """
+
+    def __init__(self, source: nn.Module, layer: nn.Module, container: str, transposed: bool) -> None:
         super().__init__()
-        self._source = (source, layer)  # in a tuple, so that neither becomes a part of this module
+        self._source = (source, layer, container)  # in a tuple, so that they do not become parts of this module
         self._transposed = transposed
 
     @property
@@ -37,21 +44,35 @@ class TiedFactor(nn.Module):
         return self._source[1]
 
     @property
-    def weight(self) -> Tensor:
-        """The tensor."""
-        return self._turned(self._source[0].weight)
+    def holder(self) -> Any:
+        """The other holder, in the unit that FSDP1 may have put around it."""
+        source, layer, container = self._source
+        holders: Any = layer._modules[container]
+        return next((h for h in holders.values() if getattr(h, "_fsdp_wrapped_module", None) is source), source)
+
+    def tensor(self) -> Tensor:
+        """Return the tensor without calling the other holder.
+
+        It is no attribute `weight`: PEFT's FSDP1 policy would take this module for one that has a parameter.
+        """
+        return self._turned(self.holder.weight)
 
     def forward(self) -> Tensor:
         """Return the tensor, by calling the other holder."""
-        return self._turned(self._source[0]())
+        return self._turned(self.holder())
 
     def assign(self, value: Tensor) -> None:
         """Put `value` into the other holder."""
-        source = self._source[0]
-        source.weight = nn.Parameter(self._turned(value.detach()).contiguous(), source.weight.requires_grad)
+        weight = nn.Parameter(self._turned(value.detach()).contiguous(), self.holder.weight.requires_grad)
+        self._source[0].weight = weight
 
     def _turned(self, tensor: Tensor) -> Tensor:
         return tensor.mT if self._transposed else tensor
+
+
+def tensor_of(holder: Any) -> Tensor:
+    """Return the tensor of a holder without calling it."""
+    return holder.tensor() if isinstance(holder, TiedFactor) else holder.weight
 
 
 class FactorDict(nn.ModuleDict):
@@ -62,8 +83,8 @@ class FactorDict(nn.ModuleDict):
     parameter it replaces.
     """
 
-    def __getitem__(self, key: str) -> nn.Parameter:
-        return self._modules[key].weight
+    def __getitem__(self, key: str) -> Any:
+        return tensor_of(self._modules[key])
 
     def __setitem__(self, key: str, value: Tensor | nn.Module) -> None:
         if isinstance(value, nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gralora.tuner import blocks
 from gralora.tuner.config import LayerSettings
 from gralora.tuner.dtypes import compute_dtype, update_dtype, without_autocast
-from gralora.tuner.factor import Factor, FactorDict
+from gralora.tuner.factor import Factor, FactorDict, tensor_of
 from gralora.tuner.initialise import STARTS
 from gralora.tuner.mergeable import MergeableLayer
 from gralora.tuner.merging.dense_update import Part, delta, delta_dtype
@@ -243,7 +243,7 @@ class GraloraLayer(MergeableLayer):
         """
         return blocks.Factors(
             *(
-                holder if holder is None else holder() if call else holder.weight
+                holder if holder is None else holder() if call else tensor_of(holder)
                 for holder in self._holders(adapter_name)
             )
         )

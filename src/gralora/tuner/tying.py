@@ -69,11 +69,13 @@ def input_embedding(model: Any) -> nn.Module | None:
 def tie(layer: GraloraLayer, source: GraloraLayer, adapter_name: str, dropout: float) -> None:
     """Give `layer` the adapter of `source`, whose tensors and numbers it shares; dropout is its own."""
     turned = layer.weight_ref().matrix is not source.weight_ref().matrix
-    A, B, A_general, B_general = source._holders(adapter_name)
-    holders = (B, A, B_general, A_general) if turned else (A, B, A_general, B_general)
-    for container, holder in zip(layer._containers(), holders, strict=True):
+    names = (
+        ("gralora_B", "gralora_A", "gralora_B_general", "gralora_A_general") if turned else layer.adapter_layer_names
+    )
+    for container, name in zip(layer._containers(), names, strict=True):
+        holder = getattr(source, name)._modules.get(adapter_name)
         if holder is not None:
-            container[adapter_name] = TiedFactor(holder, source, turned)
+            container[adapter_name] = TiedFactor(holder, source, name, turned)
     for name in ("r", "hybrid_r", "alpha", "gralora_k", "scaling", "initial_scaling"):
         getattr(layer, name)[adapter_name] = getattr(source, name)[adapter_name]
     layer.gralora_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
