@@ -38,7 +38,6 @@ OVERRIDDEN = {
     "merge_adapter": ["adapter_names", "safe_merge"],
     "_unload_and_optionally_merge": ["merge", "progressbar", "safe_merge", "adapter_names"],
     "_check_merge_allowed": [],
-    "_check_tied_module_exists": ["peft_config", "key"],
     "_check_tied_modules": ["model", "peft_config"],
     "_check_target_module_compatiblity": ["peft_config", "model", "target_name"],
     "_create_and_replace": [

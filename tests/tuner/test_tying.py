@@ -5,7 +5,13 @@ import pytest
 import torch
 from conftest import assert_same_bits, tiny_llama, weights_of
 from contract import assert_near, copy_by_pickle, factors_of
-from peft import PeftModel, get_layer_status
+from peft import (
+    PeftModel,
+    get_layer_status,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from processes import run_two_processes
 from safetensors.torch import load_file
 from torch.func import functional_call
@@ -283,6 +289,14 @@ def test_saving_and_loading_is_bit_for_bit(vocabulary, low_cpu_mem_usage, target
     again = base_model(vocabulary)
     again.load_adapter(tmp_path)
     assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+    keys = get_peft_model_state_dict(model)
+    injected = inject_adapter_in_model(
+        copy.deepcopy(model.peft_config["default"]),
+        base_model(vocabulary),
+        state_dict={key.removeprefix("base_model.model."): tensor for key, tensor in keys.items()},
+    )
+    set_peft_model_state_dict(injected, keys)
+    assert torch.equal(injected(TOKENS).logits, model(TOKENS).logits)
     kinds = loaded.peft_config["default"].layer_kinds
     assert kinds["lm_head"] == {"kind": "tied", "to": "model.embed_tokens"}
 

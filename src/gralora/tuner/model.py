@@ -32,6 +32,7 @@ class GraloraModel(BaseTuner):
     _places: Places | None = None  # while layers are put in or taken out
     _targets: dict[int, list[targets.Target]]  # by the id of the module, while layers are put in
     _tied_to: targets.Target | None = None  # the input embedding, while layers are put in that are tied to it
+    _tied: frozenset[str] = frozenset()  # their names
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(
@@ -73,6 +74,7 @@ class GraloraModel(BaseTuner):
                     targets.warn_of_unmatched_names(asked, places)
                 if config.ensure_weight_tying:
                     found, self._tied_to = tying.tie_targets(model, places, config, found, self._tied_names())
+                    self._tied = frozenset(target.name for target in found if target.tied)
                 for target in found:
                     targets.check_target(target, found, config, model, model_type)
                 targets.check_trained_whole(model, config)
@@ -95,7 +97,7 @@ class GraloraModel(BaseTuner):
         try:
             yield self._places
         finally:
-            self._places, self._targets, self._tied_to = None, {}, None
+            self._places, self._targets, self._tied_to, self._tied = None, {}, None, frozenset()
 
     def merge_adapter(
         self,
@@ -249,13 +251,10 @@ class GraloraModel(BaseTuner):
         """Do nothing: every target was checked before the first one was changed."""
 
     def _check_target_module_exists(self, peft_config: GraloraConfig, key: str) -> Any:
+        if key in self._tied:  # put in with the input embedding, and without tensors in a state dict
+            return False
         # PEFT asks for the first name of a module; the others count as well.
         return targets.matches(peft_config, self._places.names(key) if self._places else [key])
-
-    def _check_tied_module_exists(self, peft_config: GraloraConfig, key: str) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
-        # PEFT puts in what is tied after everything else.
-        tied = (target for found in self._targets.values() for target in found if target.tied)
-        return any(key == target.places[0][0].removeprefix("_orig_mod.") for target in tied)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: GraloraConfig) -> None:
         if not peft_config.ensure_weight_tying:
@@ -293,6 +292,12 @@ class GraloraModel(BaseTuner):
             self._give_adapter(layer, found, peft_config, adapter_name)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
+        if self._tied_to is not None and target is self._tied_to.module:
+            for tied in [found for all_found in self._targets.values() for found in all_found if found.tied]:
+                (key, holder), *_ = tied.places
+                self._create_and_replace(
+                    peft_config, adapter_name, tied.module, key.rpartition(".")[2], holder, current_key=key
+                )
 
     def _give_adapter(self, layer: Any, found: targets.Target, config: GraloraConfig, adapter_name: str) -> None:
         if found.tied:

@@ -7,6 +7,7 @@ the tensors of that adapter, transposed where the module reads the weight the ot
 import re
 from typing import Any
 
+from peft.tuners.tuners_utils import _ExcludedModule
 from torch import nn
 
 from gralora.tuner.config import GraloraConfig
@@ -48,10 +49,10 @@ def tie_targets(
         target.tied = True
         _check(target, source)
     for target in (source, *tied):
-        if not isinstance(match := matches(config, [name for name, _ in target.places]), bool):
+        if isinstance(matches(config, [name for name, _ in target.places]), _ExcludedModule):
             raise ValueError(
                 f"`ensure_weight_tying` must adapt all modules that share one weight; {target.name!r} is among them, "
-                f"and `exclude_modules` leaves it out ({match!r})."
+                "and `exclude_modules` leaves it out."
             )
     _name_in(config, source, found)
     together = [source, *tied]
