@@ -28,6 +28,7 @@ NAMES = {
         "get_quantization_kwargs",
         "resolve_quantization_backend",
     ],
+    "peft.utils.save_and_load": ["get_peft_model_state_dict"],
     "peft.utils.transformers_weight_conversion": ["build_peft_weight_mapping"],
     "transformers.core_model_loading": ["WeightRenaming"],
     "transformers.pytorch_utils": ["Conv1D"],
@@ -37,6 +38,7 @@ OVERRIDDEN = {
     "merge_adapter": ["adapter_names", "safe_merge"],
     "_unload_and_optionally_merge": ["merge", "progressbar", "safe_merge", "adapter_names"],
     "_check_merge_allowed": [],
+    "_check_tied_modules": ["model", "peft_config"],
     "_check_target_module_compatiblity": ["peft_config", "model", "target_name"],
     "_create_and_replace": [
         "peft_config",
@@ -54,6 +56,7 @@ OVERRIDDEN = {
 CALLED = {
     "_prepare_adapter_config": ["peft_config", "model_config"],
     "_check_target_module_exists": ["peft_config", "key"],
+    "_get_module_names_tied_with_embedding": [],
     "get_model_config": ["model"],
 }
 

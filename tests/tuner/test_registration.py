@@ -31,6 +31,7 @@ from peft.utils import transformers_weight_conversion as conversion
 import peft.tuners.gralora as room
 def state():
     return (dict(configs), dict(tuners), dict(prefixes), conversion.build_peft_weight_mapping,
+            peft.get_peft_model_state_dict, peft.peft_model.get_peft_model_state_dict,
             *(getattr(m, n, None) for m in (peft, peft.tuners, room) for n in dir(room)))
 before = state()
 import gralora

@@ -111,10 +111,10 @@ class GraloraConfig(PeftConfig):
             by the name of the layer, so that the adapter can be read without its base model.
         layer_replication: Ranges `[start, stop]` of layers, stacked in this order in place of the model's, each with an
             adapter of its own over shared weights, as in PEFT's LoRA.
-        ensure_weight_tying: Adapt an output layer that is tied to the input embedding with the embedding's own
-            factors, if either is a target, as in PEFT's LoRA.
         use_rslora: Scale by `alpha / sqrt(r + hybrid_r)` (Kalajdzievski, arXiv 2312.03732).
         trainable_token_indices: Rows of the embedding to train beside the adapter, as in PEFT's LoRA.
+        ensure_weight_tying: Where a target, or one of `modules_to_save`, shares its weight with the input embedding,
+            adapt all modules that share it with one set of parameters. The input embedding is then a target.
 
     Raises:
         ValueError: A value breaks its rule; the message names both.

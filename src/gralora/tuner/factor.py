@@ -23,21 +23,56 @@ class Factor(nn.Module):
         return weight if type(weight) is nn.Parameter else weight.clone()
 
 
-class TransposedFactor(nn.Module):
-    """Module that returns the transposed tensor of another holder, and has no parameter of its own."""
+class TiedFactor(nn.Module):
+    """Module that returns the tensor of another holder when called, or its transpose, and has no parameter.
 
-    def __init__(self, source: Factor) -> None:
+    Args:
+        source: The other holder.
+        layer: The layer that has it.
+        container: Name of the container in which the layer has it.
+        transposed: Whether to return the transpose.
+    """
+
+    def __init__(self, source: nn.Module, layer: nn.Module, container: str, transposed: bool) -> None:
         super().__init__()
-        self._source = (source,)  # in a tuple, where torch does not look for modules
+        self._source = (source, layer, container)  # in a tuple, so that they do not become parts of this module
+        self._transposed = transposed
 
     @property
-    def weight(self) -> Tensor:
-        """The transposed tensor, a view."""
-        return self._source[0].weight.mT
+    def layer(self) -> Any:
+        """The layer that has the other holder."""
+        return self._source[1]
+
+    @property
+    def holder(self) -> Any:
+        """The other holder, in the unit that FSDP1 may have put around it."""
+        source, layer, container = self._source
+        holders: Any = layer._modules[container]
+        return next((h for h in holders.values() if getattr(h, "_fsdp_wrapped_module", None) is source), source)
+
+    def tensor(self) -> Tensor:
+        """Return the tensor without calling the other holder.
+
+        It is no attribute `weight`: PEFT's FSDP1 policy would take this module for one that has a parameter.
+        """
+        return self._turned(self.holder.weight)
 
     def forward(self) -> Tensor:
-        """Return the transposed tensor; the other holder is called, so that its hooks run."""
-        return self._source[0]().mT
+        """Return the tensor, by calling the other holder."""
+        return self._turned(self.holder())
+
+    def assign(self, value: Tensor) -> None:
+        """Put `value` into the other holder."""
+        weight = nn.Parameter(self._turned(value.detach()).contiguous(), self.holder.weight.requires_grad)
+        self._source[0].weight = weight
+
+    def _turned(self, tensor: Tensor) -> Tensor:
+        return tensor.mT if self._transposed else tensor
+
+
+def tensor_of(holder: Any) -> Tensor:
+    """Return the tensor of a holder without calling it."""
+    return holder.tensor() if isinstance(holder, TiedFactor) else holder.weight
 
 
 class FactorDict(nn.ModuleDict):
@@ -48,15 +83,16 @@ class FactorDict(nn.ModuleDict):
     parameter it replaces.
     """
 
-    def __getitem__(self, key: str) -> nn.Parameter:
-        return self._modules[key].weight
+    def __getitem__(self, key: str) -> Any:
+        return tensor_of(self._modules[key])
 
     def __setitem__(self, key: str, value: Tensor | nn.Module) -> None:
         if isinstance(value, nn.Module):
             super().__setitem__(key, value)
             return
-        if isinstance(self._modules.get(key), TransposedFactor):
-            return  # PEFT moves and casts every holder; this one follows the other
+        if key in self and isinstance(holder := self._modules[key], TiedFactor):
+            holder.assign(value)
+            return
         requires_grad = self[key].requires_grad if key in self else value.requires_grad
         if key not in self:
             super().__setitem__(key, Factor(value.detach()))

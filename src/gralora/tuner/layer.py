@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gralora.tuner import blocks
 from gralora.tuner.config import LayerSettings
 from gralora.tuner.dtypes import compute_dtype, update_dtype, without_autocast
-from gralora.tuner.factor import Factor, FactorDict
+from gralora.tuner.factor import Factor, FactorDict, tensor_of
 from gralora.tuner.initialise import STARTS
 from gralora.tuner.mergeable import MergeableLayer
 from gralora.tuner.merging.dense_update import Part, delta, delta_dtype
@@ -26,8 +26,8 @@ class GraloraLayer(MergeableLayer):
 
     What differs between kinds of layers is in the hooks that a subclass overrides: `noun`, `can_be_sliced`,
     `pads_inputs`, `covers`, `refusal`, `parameters_of`, `features`, `weight_ref`, `record` and `update`;
-    `compute_dtype` and `inputs`, where `update` does not take x itself; `prepared`, where it does not take all factors
-    in one dtype; `fill`, where adapters start otherwise; `add` and `fused`, where the kind has a faster way.
+    `compute_dtype`, `inputs` and `scaled`, where `update` does not take x and the factors themselves; `fill`, where
+    adapters start otherwise; `add` and `fused`, where the kind has a faster way.
 
     Attributes:
         gralora_A: Adapter name to parameter `[k, n, r]`.
@@ -121,22 +121,20 @@ class GraloraLayer(MergeableLayer):
         """Return the dtype in which the base layer computes on `x`."""
         return compute_dtype(x)
 
-    def prepared(
-        self, factors: blocks.Factors, adapter_name: str, dtype: torch.dtype, device: torch.device
-    ) -> blocks.Factors:
-        """Return the stored `factors` as `update` takes them: B and B_general times the scale, all in `dtype`."""
-        return factors.scaled(self.scaling[adapter_name], dtype, device)
-
     def inputs(self, x: Tensor, adapter_name: str, dtype: torch.dtype) -> Tensor:
         """Return what `update` gets of `x`: after dropout, in `dtype`."""
         return self.gralora_dropout[adapter_name](x).to(dtype)
+
+    def scaled(self, factors: blocks.Factors, scale: float, dtype: torch.dtype, device: torch.device) -> blocks.Factors:
+        """Return what `update` gets of `factors`: on `device` in `dtype`, with B and B_general times `scale`."""
+        return factors.scaled(scale, dtype, device)
 
     def update(self, x: Tensor, factors: blocks.Factors) -> Tensor:
         """Return the adapter's output, in the shape of the base's output.
 
         Args:
             x: Input after dropout, in the compute dtype.
-            factors: Factors as `prepared` returns them.
+            factors: Factors as `scaled` returns them.
         """
         raise NotImplementedError
 
@@ -199,7 +197,7 @@ class GraloraLayer(MergeableLayer):
             )
         # Small tensors follow the big ones: the factors go to the compute dtype; x goes up in float16 alone.
         dtype = update_dtype(self.compute_dtype(x), factors)
-        scaled = self.prepared(factors, adapter_name, dtype, x.device)
+        scaled = self.scaled(factors, self.scaling[adapter_name], dtype, x.device)
         inputs = self.inputs(x, adapter_name, dtype)
         with without_autocast(x):
             return self.add(result, inputs, scaled)
@@ -256,7 +254,7 @@ class GraloraLayer(MergeableLayer):
         """
         return blocks.Factors(
             *(
-                holder if holder is None else holder() if call else holder.weight
+                holder if holder is None else holder() if call else tensor_of(holder)
                 for holder in self._holders(adapter_name)
             )
         )
@@ -274,7 +272,7 @@ class GraloraLayer(MergeableLayer):
             part, ref = self.part(adapter_name), self.weight_ref()
             dtype = delta_dtype(part.factors.A.dtype)
             if not self.experts:
-                return ref.stored(delta([part], dtype)[:, : self.in_features])
+                return ref.stored(delta([part], dtype, 0, self.out_features)[:, : self.in_features])
             if expert is not None:
                 return ref.stored(delta([part.expert(expert)], dtype))
             return torch.stack([ref.stored(delta([part.expert(e)], dtype)) for e in range(*self.experts)])

@@ -131,15 +131,31 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
         self.merge_with_known_sharing(safe_merge, adapter_names, keep_base, own_weights)
 
     def merge_with_known_sharing(
-        self, safe_merge: bool, adapter_names: list[str] | None, keep_base: bool = True, own_weights: bool = False
+        self,
+        safe_merge: bool,
+        adapter_names: list[str] | None,
+        keep_base: bool = True,
+        own_weights: bool = False,
+        leader: "MergeableLayer | None" = None,
     ) -> None:
-        """Merge like `merge`, also while adapters are disabled. Call `note_sharing` first."""
+        """Merge like `merge`, also while adapters are disabled. Call `note_sharing` first.
+
+        A `leader` is a layer with the same adapters, which held the same weight and was merged before: its merged
+        weight is taken over, so that both hold one again.
+        """
         wanted = check_adapters_to_merge(self, adapter_names)
         names = [name for name in dict.fromkeys(wanted) if self.has_adapter(name)]
         if not names:
             return
         if refusal := self.merge_refusal(own_weights):
             raise RuntimeError(f"this layer cannot be merged: {refusal}")
+        if (
+            leader is not None
+            and leader.merged_adapters == [*self.merged_adapters, *names]
+            and not self._sharing.module
+        ):
+            self._write_merge(*merge.take_over(self, names, leader, keep_base))
+            return
         parts = [self.part(name) for name in names]
         sharing = self._sharing._replace(weight=True) if own_weights else self._sharing
         self._write_merge(*merge.prepare(self, names, parts, safe_merge, keep_base, sharing))

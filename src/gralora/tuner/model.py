@@ -31,6 +31,8 @@ class GraloraModel(BaseTuner):
     tuner_layer_cls = GraloraLayer
     _places: Places | None = None  # while layers are put in or taken out
     _targets: dict[int, list[targets.Target]]  # by the id of the module, while layers are put in
+    _tied_to: targets.Target | None = None  # the input embedding, while layers are put in that are tied to it
+    _tied: frozenset[str] = frozenset()  # their names
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(
@@ -73,11 +75,9 @@ class GraloraModel(BaseTuner):
                     config.target_parameters = targets.parameter_names_of(found, model)
                 elif isinstance(asked, set) and state_dict is None:
                     targets.warn_of_unmatched_names(asked, places, config, model)
-                tied = self._get_module_names_tied_with_embedding() if config.ensure_weight_tying else []
-                outputs = [name.removesuffix(".base_layer") for name in tied]
-                if outputs:
-                    embedding = targets.input_embedding(model, places)
-                    found = tying.tied_targets(model, found, outputs, embedding, config)
+                if config.ensure_weight_tying:
+                    found, self._tied_to = tying.tie_targets(model, places, config, found, self._tied_names())
+                    self._tied = frozenset(target.name for target in found if target.tied)
                 for target in found:
                     targets.check_target(target, found, config, model, model_type)
                 targets.check_trained_whole(model, config)
@@ -89,10 +89,11 @@ class GraloraModel(BaseTuner):
                     targets.warn_of_unused_settings(config, found, places, model)
                 with _without_warnings_of_unused_settings():
                     super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-            if outputs:
-                tying.tie_outputs(model, outputs, adapter_name)
             layers = {name: layer for name, layer in gralora_layers(model).items() if layer.has_adapter(adapter_name)}
-            config.layer_kinds = {name: record for name, layer in layers.items() if (record := layer.record())} or None
+            records = {
+                name: tying.record(layers, layer, adapter_name) or layer.record() for name, layer in layers.items()
+            }
+            config.layer_kinds = {name: record for name, record in records.items() if record} or None
             self._mark_shared_weights()
             targets.announce_unmergeable(new)
 
@@ -102,7 +103,7 @@ class GraloraModel(BaseTuner):
         try:
             yield self._places
         finally:
-            self._places, self._targets = None, {}
+            self._places, self._targets, self._tied_to, self._tied = None, {}, None, frozenset()
 
     def merge_adapter(
         self,
@@ -153,12 +154,15 @@ class GraloraModel(BaseTuner):
                 raise RuntimeError(f"Nothing was merged: {name!r} cannot be, because {refusal}")
             if safe_merge and not keep_base:
                 _check_finite_update(name, layer, adapter_names)
+        leaders = tying.leaders(layers, adapter_names)
+        layers = dict(sorted(layers.items(), key=lambda item: item[1] in leaders))  # a leader is merged first
         depths = [(layer, len(layer._merges)) for layer in layers.values()]
         name, done = "", 0
         try:
             for name, layer in layers.items():  # noqa: B007 (read where an error is told)
                 with onload_layer(layer):
-                    layer.merge_with_known_sharing(safe_merge, adapter_names, keep_base, own_weights)
+                    leader = leaders.get(layer)
+                    layer.merge_with_known_sharing(safe_merge, adapter_names, keep_base, own_weights, leader)
                 done += 1
         except BaseException as error:
             for merged, depth in reversed(depths if keep_base else []):
@@ -245,18 +249,31 @@ class GraloraModel(BaseTuner):
         """
         raise NotImplementedError("`add_weighted_adapter` cannot be used with GraLoRA yet.")
 
+    def _tied_names(self) -> list[str]:
+        """Return the names of the modules that the model ties to its input embedding, as far as it says."""
+        return self._get_module_names_tied_with_embedding() if tying.input_embedding(self.model) is not None else []
+
     def _check_merge_allowed(self) -> None:
         """Do nothing: tied weights need no warning, since a merge gives the adapted module its own parameter."""
-
-    def _add_targets_to_tie(self, peft_config: GraloraConfig, tied_weight_keys: list[str]) -> None:
-        """Do nothing: what is tied was found before."""
 
     def _check_target_module_compatiblity(self, peft_config: GraloraConfig, model: nn.Module, target_name: str) -> None:
         """Do nothing: every target was checked before the first one was changed."""
 
     def _check_target_module_exists(self, peft_config: GraloraConfig, key: str) -> Any:
+        if key in self._tied:  # put in with the input embedding, and without tensors in a state dict
+            return False
         # PEFT asks for the first name of a module; the others count as well.
         return targets.matches(peft_config, self._places.names(key) if self._places else [key])
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: GraloraConfig) -> None:
+        if not peft_config.ensure_weight_tying:
+            super()._check_tied_modules(model, peft_config)  # warns
+        elif self._tied_to is None and not tying.tie_modules_to_save(model, peft_config, self._tied_names()):
+            warnings.warn(
+                "`ensure_weight_tying` finds nothing to tie: no target, and none of `modules_to_save`, shares its "
+                "weight with the input embedding.",
+                stacklevel=2,
+            )
 
     def _create_and_replace(
         self,
@@ -271,7 +288,7 @@ class GraloraModel(BaseTuner):
         layer = target
         for found in self._targets.pop(id(target), ()):
             if found.layer is not None:
-                found.layer.add_adapter(adapter_name, found.settings(peft_config), on_meta=self._create_on_meta)
+                self._give_adapter(found.layer, found, peft_config, adapter_name)
                 continue
             kind: Any = found.kind
             if placement := tensor_parallel.placement_of(self.model, found.places[0][0], found.base):
@@ -281,9 +298,22 @@ class GraloraModel(BaseTuner):
             if any(isinstance(parent, nn.TransformerEncoderLayer) for parent in found.parents):
                 # PyTorch's inference fast path reads the weights of its linears; a hook on one turns it off.
                 layer.register_forward_pre_hook(_do_nothing)
-            layer.add_adapter(adapter_name, found.settings(peft_config), on_meta=self._create_on_meta)
+            self._give_adapter(layer, found, peft_config, adapter_name)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
+        if self._tied_to is not None and target is self._tied_to.module:
+            for tied in [found for all_found in self._targets.values() for found in all_found if found.tied]:
+                (key, holder), *_ = tied.places
+                self._create_and_replace(
+                    peft_config, adapter_name, tied.module, key.rpartition(".")[2], holder, current_key=key
+                )
+
+    def _give_adapter(self, layer: Any, found: targets.Target, config: GraloraConfig, adapter_name: str) -> None:
+        if found.tied:
+            embedding: Any = tying.input_embedding(self.model)
+            tying.tie(layer, embedding, adapter_name, config.gralora_dropout)
+        else:
+            layer.add_adapter(adapter_name, found.settings(config), on_meta=self._create_on_meta)
 
     def _inject_parameters(
         self, peft_config: GraloraConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
@@ -338,8 +368,6 @@ class GraloraModel(BaseTuner):
         tensors = saving.adapter_tensors(model, config.bias, adapter_name, state_dict)
         # What else is saved, PEFT takes out of `state_dict` after this.
         state_dict |= saving.extra_tensors(model, state_dict)
-        for key in saving.frozen_embedding_keys(model, config.base_model_name_or_path):
-            state_dict.pop(key, None)
         return tensors
 
     @classmethod

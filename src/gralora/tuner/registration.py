@@ -10,12 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 import peft
+import peft.functional
+import peft.peft_model
 import peft.tuners.gralora
+import peft.utils.save_and_load
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
 from peft.utils import transformers_weight_conversion as conversion
 from transformers.core_model_loading import WeightRenaming
 
+from gralora.tuner import saving
 from gralora.tuner.config import GraloraConfig
 from gralora.tuner.layer import GraloraLayer
 from gralora.tuner.model import GraloraModel
@@ -26,6 +30,8 @@ _REGISTRIES = (
     (PEFT_TYPE_TO_PREFIX_MAPPING, GraloraModel.prefix),
 )
 _NAMESPACES = (peft, peft.tuners, peft.tuners.gralora)
+# Who calls `get_peft_model_state_dict` by a name of its own.
+_SAVERS = (peft, peft.functional, peft.peft_model, peft.utils, peft.utils.save_and_load)
 _CLASSES = {"GraloraConfig": GraloraConfig, "GraloraModel": GraloraModel, "GraloraLayer": GraloraLayer}
 
 
@@ -45,6 +51,9 @@ def register() -> None:
     _set_attribute(GraloraConfig, "is_registered", True, undo)
     mapping = _with_our_names(conversion.build_peft_weight_mapping)
     _set_attribute(conversion, "build_peft_weight_mapping", mapping, undo)
+    for namespace in _SAVERS:
+        save = _without_unchanged_embeddings(namespace.get_peft_model_state_dict)
+        _set_attribute(namespace, "get_peft_model_state_dict", save, undo)
     tuner: Any = GraloraModel
     tuner._undo_registration = undo  # at what is registered, which outlives a reload of this module
 
@@ -100,3 +109,23 @@ def _with_our_names(build_peft_weight_mapping: Callable[..., Any]) -> Callable[.
         return mapping
 
     return build
+
+
+@functools.cache
+def _without_unchanged_embeddings(get_peft_model_state_dict: Callable[..., Any]) -> Callable[..., Any]:
+    """Make "auto" save base weights of adapted embeddings where they changed, while PEFT saves those of all targets."""
+
+    @functools.wraps(get_peft_model_state_dict)
+    def get(
+        model: Any,
+        state_dict: Any = None,
+        adapter_name: str = "default",
+        unwrap_compiled: bool = False,
+        save_embedding_layers: Any = "auto",
+    ) -> Any:
+        plain = getattr(model, "_orig_mod", model) if unwrap_compiled else model
+        if save_embedding_layers == "auto" and saving.adapted_embeddings(plain, adapter_name):
+            save_embedding_layers = saving.embeddings_changed(plain, adapter_name)
+        return get_peft_model_state_dict(model, state_dict, adapter_name, unwrap_compiled, save_embedding_layers)
+
+    return get

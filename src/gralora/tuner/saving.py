@@ -1,6 +1,6 @@
 """The tensors of an adapter that is saved, whole also where FSDP or DeepSpeed's ZeRO-3 have sharded them."""
 
-import os
+import warnings
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -8,7 +8,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from gralora.tuner.factor import TransposedFactor
+from gralora.tuner.factor import TiedFactor
 from gralora.tuner.layer import GraloraLayer
 
 # What FSDP1 and torch's activation checkpointing put into the names of modules, but not into a state dict.
@@ -61,35 +61,6 @@ def extra_tensors(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, 
     return gathered(model, {key: tensor for key, tensor in state_dict.items() if key.startswith(others)})
 
 
-def frozen_embedding_keys(model: nn.Module, base_model: str | None) -> list[str]:
-    """Return the keys of base embeddings with adapters that need not be saved, though PEFT would.
-
-    Those whose weight was neither trained nor resized since it was loaded.
-
-    Args:
-        model: Model with the adapter.
-        base_model: Name or folder of the base model.
-    """
-    adapted = [layer for layer in _embeddings(model) if isinstance(layer, GraloraLayer)]
-    frozen = [layer for layer in adapted if not any(p.requires_grad for p in layer.get_base_layer().parameters())]
-    if not frozen or _was_resized(model, base_model):
-        return []
-    return [
-        f"{plain_name(name)}.base_layer.weight"
-        for name, module in model.named_modules()
-        if any(module is layer for layer in frozen)
-    ]
-
-
-def _was_resized(model: nn.Module, base_model: str | None) -> bool:
-    """Return whether the vocabulary has another size than that of the base model, if that is at hand."""
-    config: Any = getattr(model, "config", None)
-    size = getattr(config, "vocab_size", None)
-    if size is None or not base_model or not os.path.isfile(os.path.join(base_model, "config.json")):
-        return False
-    return size != type(config).from_pretrained(base_model).vocab_size
-
-
 def _embeddings(model: nn.Module) -> list[nn.Module]:
     """Return the input and output embeddings; a model may have none."""
     found = []
@@ -99,6 +70,36 @@ def _embeddings(model: nn.Module) -> list[nn.Module]:
         except NotImplementedError:  # transformers raises this for some vision models
             continue
     return [module for module in found if module is not None]
+
+
+def adapted_embeddings(model: nn.Module, adapter_name: str) -> list[GraloraLayer]:
+    """Return the input and output embeddings that have this adapter."""
+    found = [layer for layer in _embeddings(model) if isinstance(layer, GraloraLayer)]
+    return [layer for layer in found if layer.has_adapter(adapter_name)]
+
+
+def embeddings_changed(model: Any, adapter_name: str) -> bool:
+    """Return whether base weights of adapted embeddings differ from the base model's.
+
+    They do where they are trained, or where the vocabulary has another size than the base model's config says.
+    """
+    for layer in adapted_embeddings(model, adapter_name):
+        weight = layer.weight_ref().parameter
+        if weight is not None and weight.requires_grad:
+            return True
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    base = model.peft_config[adapter_name].base_model_name_or_path
+    if not size or not base:
+        return False
+    try:
+        return type(model.config).from_pretrained(base).vocab_size != size
+    except OSError:
+        warnings.warn(
+            f"The config of {base!r} cannot be read, so it is not known whether the vocabulary was resized. The base "
+            "weights of its embeddings are not saved; pass `save_embedding_layers=True` to save them.",
+            stacklevel=4,
+        )
+        return False
 
 
 def plain_name(name: str) -> str:
@@ -166,7 +167,9 @@ def missing_refusal(layers: dict[str, nn.Module], adapter_name: str, tensors: di
 
 def _holds_tensors(container: Any, adapter_name: str) -> bool:
     """Return whether there are parameters of an adapter; PEFT's own tuner keeps an empty module for no hybrid part."""
-    if adapter_name not in container or isinstance(container._modules.get(adapter_name), TransposedFactor):
+    if adapter_name not in container:
+        return False
+    if isinstance(getattr(container, "_modules", {}).get(adapter_name), TiedFactor):
         return False
     factor = container[adapter_name]
     return isinstance(factor, Tensor) or any(True for _ in factor.parameters())

@@ -91,6 +91,7 @@ class Target:
         kind: The kind of layer that it gets; None where no kind covers it.
         parameter_name: Name of the weight in the module.
         by_parameter: Whether the weight itself was asked for, not its module.
+        tied: Whether it gets the adapter of the input embedding, transposed where it is a linear layer.
     """
 
     module: nn.Module
@@ -99,6 +100,7 @@ class Target:
     kind: type[GraloraLayer] | None
     parameter_name: str = "weight"
     by_parameter: bool = False
+    tied: bool = False
 
     @property
     def name(self) -> str:
@@ -182,7 +184,7 @@ class Target:
 
     def width_refusal(self, config: GraloraConfig) -> str | None:
         """Return why the blocks do not fit the widths of the weight, or None."""
-        if self.kind is None:
+        if self.kind is None or self.tied:
             return None
         widths = self.kind.features(self.base, self.parameter_name)
         return self.settings(config).width_refusal(*widths, self.kind.pads_inputs)
@@ -316,13 +318,6 @@ def find_targets(
         for parameter in parameters:
             found.append(Target(module, at, backend, parameter_kind(base, parameter, backend), parameter, True))
     return found
-
-
-def input_embedding(model: nn.Module, places: Places) -> list[Target]:
-    """Return the input embedding of a model as a target."""
-    module: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
-    base = module.get_base_layer() if isinstance(module, GraloraLayer) else module
-    return [Target(module, places.of(module), None, kind_for(base, None))]
 
 
 def _chosen_parameters(config: GraloraConfig, names: list[str], base: nn.Module) -> list[str]:

@@ -1,122 +1,167 @@
-"""One adapter for two modules with one weight: an embedding, and the output layer that reads its weight transposed.
+"""Adapters of modules whose weights are tied (`ensure_weight_tying`): one set of parameters, which all of them read.
 
-The output layer holds no parameters. Its factors are those of the embedding, transposed at each use, so that no
-optimizer steps twice, no cast breaks the tie, and a file holds them once.
+The input embedding has the adapter. What is tied to it, such as the output layer, holds `TiedFactor`s, which return
+the tensors of that adapter, transposed where the module reads the weight the other way round.
 """
 
 import re
 from typing import Any
 
-from torch import Tensor, nn
+from peft.tuners.tuners_utils import _ExcludedModule
+from torch import nn
 
-from gralora.tuner import blocks
 from gralora.tuner.config import GraloraConfig
-from gralora.tuner.factor import Factor, TransposedFactor
-from gralora.tuner.layer import GraloraLayer
-from gralora.tuner.linear import Linear
-from gralora.tuner.targets import Target
+from gralora.tuner.factor import TiedFactor
+from gralora.tuner.kinds import kind_for
+from gralora.tuner.layer import GraloraLayer, gralora_layers
+from gralora.tuner.targets import Places, Target, matches
 
 
-class TiedLinear(Linear):
-    """GraLoRA on an output layer `[V, d]`, with the factors of the embedding that it is tied to."""
+def tie_targets(
+    model: Any, places: Places, config: GraloraConfig, found: list[Target], tied_names: list[str]
+) -> tuple[list[Target], Target | None]:
+    """Return the targets, those tied to the input embedding marked so, and the target of the input embedding.
 
-    def tie(self, adapter_name: str, source: GraloraLayer) -> None:
-        """Take over one adapter of `source`."""
-        # The factors of ΔWᵀ: A of B, B of A, and the hybrid part likewise.
-        for container, holder in zip(self._containers(), _in_turned_order(source._holders(adapter_name)), strict=True):
-            if holder is not None:
-                container[adapter_name] = TransposedFactor(holder)
-        for name in self.other_param_names:
-            if name != "gralora_dropout":
-                getattr(self, name)[adapter_name] = getattr(source, name)[adapter_name]
-        self.gralora_dropout[adapter_name] = nn.Identity()  # an embedding has none
-        self._active_adapter = source._active_adapter
-        self._disable_adapters = source._disable_adapters
-
-    def update(self, x: Tensor, factors: blocks.Factors) -> Tensor:
-        """Return the adapter's output `[..., V]`; the last block may reach beyond the vocabulary."""
-        return blocks.apply(x, factors)[..., : self.out_features]
-
-    def add(self, result: Tensor, x: Tensor, factors: blocks.Factors) -> Tensor:
-        """Return `result + update(x)`."""
-        return super().add(result, x, factors) if self._fits(factors) else GraloraLayer.add(self, result, x, factors)
-
-    def fused(self, x: Tensor, adapter_name: str, factors: blocks.Factors) -> Tensor | None:
-        """Return the output of base and adapter as one autograd function, where that is the same function."""
-        return super().fused(x, adapter_name, factors) if self._fits(factors) else None
-
-    def get_delta_weight(self, adapter_name: str, expert: int | None = None) -> Tensor:
-        """Return ΔW `[V, d]` of one adapter."""
-        return super().get_delta_weight(adapter_name)[: self.out_features]
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return False: PEFT's conversion would untie the two."""
-        return False
-
-    def _fits(self, factors: blocks.Factors) -> bool:
-        return factors.out_features == self.out_features
-
-
-def _in_turned_order(holders: list[Factor | None]) -> list[Factor | None]:
-    A, B, A_general, B_general = holders
-    return [B, A, B_general, A_general]
-
-
-def tied_targets(
-    model: nn.Module, found: list[Target], outputs: list[str], embedding: list[Target], config: GraloraConfig
-) -> list[Target]:
-    """Return `found` without the tied output layers, and with the embedding that they are tied to.
+    Where the input embedding or a module that is tied to it is among `found`, all of them are among what is returned,
+    and `config` then names the input embedding.
 
     Args:
-        model: The model.
-        found: What `config` chooses.
-        outputs: Names of the modules that are tied to the input embedding.
-        embedding: The input embedding as a target.
+        model: Model that the adapter is put on.
+        places: All places of its modules.
         config: Config of the adapter.
+        found: Targets without ties.
+        tied_names: Names of modules that share the weight of the input embedding, as far as PEFT knows.
+
+    Returns:
+        Targets, and the input embedding's; `found` itself and None where nothing is to be tied.
 
     Raises:
-        ValueError: An output layer with a bias or of another kind than nn.Linear.
+        ValueError: A tied module is excluded or has other widths.
     """
-    (source,) = embedding
-    chosen = {target.places[0][0] for target in found}
-    if not chosen & {source.places[0][0], *outputs}:
-        return found
-    for name in outputs:
-        module = model.get_submodule(name)
+    embedding = input_embedding(model)
+    if embedding is None:
+        return found, None
+    source = _target(embedding, places)
+    tied = [_target(module, places) for module in _tied_modules(model, places, source, tied_names)]
+    if not tied or not any(target.module in (source.module, *(t.module for t in tied)) for target in found):
+        return found, None
+    for target in tied:
+        target.tied = True
+        _check(target, source)
+    for target in (source, *tied):
+        if isinstance(matches(config, [name for name, _ in target.places]), _ExcludedModule):
+            raise ValueError(
+                f"`ensure_weight_tying` must adapt all modules that share one weight; {target.name!r} is among them, "
+                "and `exclude_modules` leaves it out."
+            )
+    _name_in(config, source, found)
+    together = [source, *tied]
+    return [t for t in found if all(t.module is not other.module for other in together)] + together, source
+
+
+def input_embedding(model: Any) -> nn.Module | None:
+    """Return the input embedding of `model`, which may be a layer of ours, or None."""
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # transformers raises the second for some vision models
+        return None
+
+
+def tie(layer: GraloraLayer, source: GraloraLayer, adapter_name: str, dropout: float) -> None:
+    """Give `layer` the adapter of `source`, whose tensors and numbers it shares; dropout is its own."""
+    turned = layer.weight_ref().matrix is not source.weight_ref().matrix
+    names = (
+        ("gralora_B", "gralora_A", "gralora_B_general", "gralora_A_general") if turned else layer.adapter_layer_names
+    )
+    for container, name in zip(layer._containers(), names, strict=True):
+        holder = getattr(source, name)._modules.get(adapter_name)
+        if holder is not None:
+            container[adapter_name] = TiedFactor(holder, source, name, turned)
+    for name in ("r", "hybrid_r", "alpha", "gralora_k", "scaling", "initial_scaling"):
+        getattr(layer, name)[adapter_name] = getattr(source, name)[adapter_name]
+    layer.gralora_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
+
+
+def record(layers: dict[str, GraloraLayer], layer: GraloraLayer, adapter_name: str) -> dict[str, Any] | None:
+    """Return what an adapter's config keeps of a tied layer, which has no tensors in the file; None where not tied."""
+    holder = layer.gralora_A._modules.get(adapter_name)
+    if not isinstance(holder, TiedFactor):
+        return None
+    return {"kind": "tied", "to": next(name for name, other in layers.items() if other is holder.layer)}
+
+
+def tie_modules_to_save(model: nn.Module, config: Any, tied_names: list[str]) -> bool:
+    """Make PEFT train the input embedding whole, and what is tied to it with it, if `modules_to_save` names any.
+
+    PEFT reads `modules_to_tie` of the config.
+    """
+    embedding = input_embedding(model)
+    own_names = [name for name, module in model.named_modules() if module is embedding]
+    asked = config.modules_to_save or []
+
+    def meant(module: str, names: list[str]) -> bool:
+        return any(f".{name}".endswith(f".{module}") for name in names)
+
+    if not tied_names or not any(meant(module, [*own_names, *tied_names]) for module in asked):
+        return bool(config.trainable_token_indices)  # those PEFT ties itself
+    others = [module for module in asked if not meant(module, [*own_names, *tied_names])]
+    config.modules_to_save, config.modules_to_tie = [*others, own_names[0]], set(tied_names)
+    return True
+
+
+def leaders(layers: dict[str, GraloraLayer], adapter_names: list[str] | None) -> dict[GraloraLayer, GraloraLayer]:
+    """Return for each layer that is to merge adapters of another layer into the weight of both, that other layer."""
+    found: dict[GraloraLayer, GraloraLayer] = {}
+    for layer in layers.values():
+        names = layer.names_to_merge(adapter_names)
+        holders = [layer.gralora_A._modules[name] for name in names]
+        others = {holder.layer if isinstance(holder, TiedFactor) else None for holder in holders}
+        other = others.pop() if len(others) == 1 else None
+        if (
+            other is not None
+            and other.weight_ref().parameter is layer.weight_ref().parameter
+            and all(other.scaling[name] == layer.scaling[name] for name in names)
+        ):
+            found[layer] = other
+    return found
+
+
+def _target(module: nn.Module, places: Places) -> Target:
+    base = module.get_base_layer() if isinstance(module, GraloraLayer) else module
+    return Target(module, places.of(module), None, kind_for(base, None))
+
+
+def _tied_modules(model: nn.Module, places: Places, source: Target, tied_names: list[str]) -> list[nn.Module]:
+    """Return the modules whose weight is that of `source`, found by the weight itself or by their names."""
+    weight = source.base._parameters.get("weight")
+    found = []
+    inside = {id(inner) for layer in gralora_layers(model).values() for inner in layer.modules() if inner is not layer}
+    for name, module in model.named_modules():
+        if not name or id(module) in inside:
+            continue
         base = module.get_base_layer() if isinstance(module, GraloraLayer) else module
-        if type(base) is not nn.Linear:
-            raise ValueError(
-                f"`ensure_weight_tying` needs an output layer that is an nn.Linear; {name!r} is a "
-                f"{type(base).__name__}."
-            )
-        if isinstance(module, GraloraLayer) and not isinstance(module, TiedLinear):
-            raise ValueError(
-                f"`ensure_weight_tying` must be the same for all adapters on {name!r}; there is one of its own."
-            )
-    add_target(config, source.places[0][0])
-    kept = [target for target in found if target.places[0][0] not in outputs]
-    return kept if source.places[0][0] in chosen else [*kept, source]
+        named = any(place in tied_names for place, _ in places.of(module))
+        same = weight is not None and base._parameters.get("weight") is weight
+        if (same or named) and base is not source.base:
+            found.append(module)
+    return found
 
 
-def add_target(config: Any, name: str) -> None:
-    """Add a module to the targets of `config`, unless they name it already."""
-    asked = config.target_modules
-    if isinstance(asked, str):
-        if not re.fullmatch(asked, name):
-            config.target_modules = f"(?:{asked})|{re.escape(name)}"
-    elif not any(name == target or name.endswith(f".{target}") for target in asked):
-        config.target_modules = {*asked, name}
+def _check(target: Target, source: Target) -> None:
+    if target.kind is None or source.kind is None:
+        return  # refused like any other target
+    widths, expected = target.kind.features(target.base), source.kind.features(source.base)
+    if widths not in (expected, expected[::-1]):
+        raise ValueError(
+            f"`ensure_weight_tying` must find the widths of {source.name!r}, {expected}, in what is tied to it; got "
+            f"{widths} at {target.name!r}."
+        )
 
 
-def tie_outputs(model: nn.Module, outputs: list[str], adapter_name: str) -> None:
-    """Put the adapter of the input embedding on the output layers that are tied to it."""
-    source: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
-    if not (isinstance(source, GraloraLayer) and source.has_adapter(adapter_name)):
+def _name_in(config: GraloraConfig, source: Target, found: list[Target]) -> None:
+    """Make `target_modules` name the input embedding, so that a saved adapter finds it too."""
+    if any(target.module is source.module for target in found):
         return
-    for name in outputs:
-        module = model.get_submodule(name)
-        if not isinstance(module, TiedLinear):
-            path, _, last = name.rpartition(".")
-            module = TiedLinear(module)
-            setattr(model.get_submodule(path), last, module)
-        module.tie(adapter_name, source)
+    asked: Any = config.target_modules
+    named = f"(?:{asked})|{re.escape(source.name)}" if isinstance(asked, str) else {*(asked or ()), source.name}
+    config.target_modules = named  # pyright: ignore[reportAttributeAccessIssue]

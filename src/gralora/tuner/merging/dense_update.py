@@ -40,13 +40,15 @@ class Part(NamedTuple):
 def delta(
     parts: list[Part], dtype: torch.dtype, start: int = 0, stop: int | None = None, out: Tensor | None = None
 ) -> Inexact[Tensor, "rows in"]:
-    """Return rows `start` to `stop` of the sum of the dense updates, computed in `dtype`, written to `out` if given."""
+    """Return rows `start` to `stop` of the sum of the dense updates, computed in `dtype`, written to `out` if given.
+
+    Parts whose last input blocks reach beyond the weight differently far are summed as far as all of them reach.
+    """
     first, *rest = parts
-    total = blocks.dense(first.factors.to(dtype), first.scale, start, stop, out)
+    width = min(part.factors.in_features for part in parts)
+    total = blocks.dense(first.factors.to(dtype), first.scale, start, stop, out)[:, :width]
     for part in rest:
-        update = blocks.dense(part.factors.to(dtype), part.scale, start, stop)
-        width = min(total.shape[1], update.shape[1])  # a last block may reach beyond the matrix
-        total = total[:, :width].add_(update[:, :width])
+        total += blocks.dense(part.factors.to(dtype), part.scale, start, stop)[:, :width]
     return total
 
 

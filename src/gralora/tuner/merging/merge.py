@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from gralora.tuner.merging import dense, quantised, stack
 from gralora.tuner.merging.dense_update import Part
-from gralora.tuner.merging.records import ForgottenRecord, MergeRecord, SharedRecord, kept_parts
+from gralora.tuner.merging.records import ForgottenRecord, MergeRecord, SharedRecord, TiedRecord, kept_parts
 from gralora.tuner.merging.sharing import UNSHARED, Sharing, own_copy
 from gralora.tuner.merging.weight import WeightRef, WeightState
 from gralora.tuner.numerics import pinned_numerics
@@ -130,3 +130,16 @@ def prepare(
             owner = base if now.ref.owner is now.base else now.ref.owner
             state = WeightState(base, now.ref._replace(owner=owner), parameter)
         return record, lambda: state.put_back(layer)
+
+
+def take_over(
+    layer: BaseTunerLayer, names: list[str], leader: BaseTunerLayer, keep: bool
+) -> tuple[MergeRecord, Callable[[], None]]:
+    """Return the record of giving `layer` the merged weight of `leader`, and a function that does it."""
+    now = WeightState.of(layer)
+    merged = now._replace(parameter=WeightState.of(leader).parameter)
+    if keep:
+        record: MergeRecord = TiedRecord(names, (), (), now, merged.parameter)
+    else:
+        record = ForgottenRecord(names, now.fingerprint(), merged.fingerprint())
+    return record, lambda: merged.put_back(layer)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from gralora.tuner import numerics
 from gralora.tuner.merging.dense_update import Part, Scratch
@@ -122,6 +122,33 @@ class SharedRecord(MergeRecord):
     def converted(self, earlier: WeightState, now: WeightState) -> MergeRecord:
         """Return the record with fingerprints of the converted weights."""
         return SharedRecord(self.adapter_names, earlier.fingerprint(), now.fingerprint(), self.original)
+
+
+@dataclass
+class TiedRecord(MergeRecord):
+    """The original weight of a layer that took over the merged weight of another one, whose record knows its bits."""
+
+    original: WeightState
+    merged: nn.Parameter
+
+    def recover(self, state: WeightState) -> WeightState:
+        """Return the weight from before this merge; nothing changes.
+
+        Raises:
+            RuntimeError: `state` holds another weight.
+        """
+        if refusal := self.undo_refusal(state):
+            raise RuntimeError(refusal)
+        return self.original
+
+    def undo_refusal(self, state: WeightState) -> str | None:
+        """Return why an undo would fail, or None."""
+        known = state.parameter is self.merged or state.parameter is self.original.parameter
+        return None if known else str(self.changed())
+
+    def converted(self, earlier: WeightState, now: WeightState) -> MergeRecord:
+        """Return the record with the converted weights."""
+        return TiedRecord(self.adapter_names, (), (), self.original, now.parameter)
 
 
 @dataclass
