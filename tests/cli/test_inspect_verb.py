@@ -37,14 +37,13 @@ def test_options_of_the_picture_without_one_are_refused(arguments, adapter_folde
     )
 
 
-def test_experts_have_a_column(tmp_path, capsys, monkeypatch):
+def test_experts_are_counted_beside_their_name(tmp_path, capsys, monkeypatch):
     save_mixture_and_adapter(tmp_path)
     monkeypatch.setenv("COLUMNS", "140")
     code, out, _ = run(capsys, "inspect", tmp_path / "adapter", "--base", tmp_path / "base")
     assert code == 0
-    assert out.splitlines()[0].split()[:2] == ["target", "experts"]
-    rows = {line.split()[0]: line.split()[1:4] for line in out.splitlines() if line.startswith("model.")}
-    assert rows["model.layers.1.mlp.experts.gate_up_proj"] == ["4", "4+2", "2"]
-    assert rows["model.layers.1.self_attn.q_proj"] == ["-", "4+2", "2"]
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith("model.")}
+    assert rows["model.layers.1.mlp.experts.gate_up_proj"][:4] == ["(4", "experts)", "4+2", "2"]
+    assert rows["model.layers.1.self_attn.q_proj"][:2] == ["4+2", "2"]
     code, out, _ = run(capsys, "inspect", tmp_path / "adapter", "--json")
     assert [layer["experts"] for layer in json.loads(out)["layers"]] == [4, 4, None] * 2

@@ -5,7 +5,7 @@ import copy
 import oracle
 import pytest
 import torch
-from conftest import randomise, small_config
+from conftest import randomise, small_config, tiny_llama
 from mixtures import MODELS, moe_config, tiny
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
@@ -231,6 +231,16 @@ def test_experts_of_other_parameters_are_not_written_one_by_one():
     assert to_lora(randomise(model)).rank == 8
     with pytest.raises(ValueError, match="the experts' parameter 'weights' has no names for each expert; export it"):
         to_lora(model, experts="per-expert")
+
+
+def test_replicated_layers_are_for_peft_alone(tmp_path):
+    config = small_config(target_modules=["q_proj", "down_proj"], layer_replication=[[0, 2], [1, 2]])
+    model = randomise(get_peft_model(tiny_llama(), config)).eval()
+    with pytest.raises(ValueError, match=r"must fit the base model's own layers; got layer_replication=\[\(0, 2\), \("):
+        to_lora(model)
+    to_lora(model, tmp_path / "lora", target="peft")
+    loaded = load_in_peft(tiny_llama(), tmp_path / "lora")
+    torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=1e-5)
 
 
 def test_names_of_projections():

@@ -41,23 +41,11 @@ def _print_table(report: Report) -> None:
 
     table = Table(box=None, pad_edge=False)
     table.add_column("target", overflow="fold")
-    has_experts = any(entry.experts for entry in report.layers)
-    for heading in (
-        *(("experts",) if has_experts else ()),
-        "r",
-        "k",
-        "scale",
-        "‖ΔW‖",
-        "‖ΔW‖/‖W‖",
-        "eff. rank",
-        "LoRA rank",
-        "needed",
-    ):
+    for heading in ("r", "k", "scale", "‖ΔW‖", "‖ΔW‖/‖W‖", "eff. rank", "LoRA rank", "needed"):
         table.add_column(heading, justify="right")
     for entry in report.layers:
         table.add_row(
-            entry.target,
-            *((str(entry.experts or "-"),) if has_experts else ()),
+            f"{entry.target} ({entry.experts} experts)" if entry.experts else entry.target,
             f"{entry.r}+{entry.hybrid_r}" if entry.hybrid_r else str(entry.r),
             str(entry.k),
             f"{entry.scale:g}",

@@ -140,6 +140,11 @@ def serving_refusal(adapter: Adapter) -> str | None:
             "An adapter to be served as LoRA must not tie layers; got ensure_weight_tying=True: programs would put it "
             f"on the embedding alone. {_WAYS_OUT}"
         )
+    if adapter.config.layer_replication:
+        return (
+            "An adapter to be served as LoRA must fit the base model's own layers; got layer_replication="
+            f"{adapter.config.layer_replication!r}. {_WAYS_OUT}"
+        )
     if not (adapter.extras or adapter.config.modules_to_save):
         return None
     if adapter.config.trainable_token_indices:

@@ -29,6 +29,7 @@ def lora_config(adapter: Adapter, rank: int, lora_alpha: int, experts: ExpertsLa
         "target_parameters": target_parameters(adapter, experts),
         "trainable_token_indices": config.trainable_token_indices,
         "ensure_weight_tying": config.ensure_weight_tying,
+        "layer_replication": config.layer_replication,
     }
     return {
         "peft_type": "LORA",
