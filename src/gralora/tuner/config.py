@@ -320,9 +320,6 @@ class GraloraConfig(PeftConfig):
                     f"layer_replication={ranges!r}."
                 )
             self.layer_replication = [(start, stop) for start, stop in ranges]  # JSON has lists
-        kinds: Any = self.layer_kinds
-        if kinds is not None and not isinstance(kinds, dict):
-            raise ValueError(f"`layer_kinds` must map names of layers to records; got layer_kinds={kinds!r}.")
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise ValueError(

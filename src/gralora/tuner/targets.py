@@ -341,9 +341,10 @@ def leave_out_misfits(targets: list[Target], config: GraloraConfig, model_type: 
     fitting, left_out = [], []
     for target in targets:
         is_read = target.attention_refusal() or target.reader_refusal(model_type)
-        (left_out if is_read or target.width_refusal(config) else fitting).append(target)
+        is_other = target.kind is not None and target.kind_refusal()
+        (left_out if is_read or is_other or target.width_refusal(config) else fitting).append(target)
     if targets and not fitting:
-        reason = targets[0].width_refusal(config) or "its weight is read without calling it."
+        reason = targets[0].width_refusal(config) or "its weight is read without calling it, or it is no linear layer."
         raise ValueError(
             f"`target_modules='all-linear'` must find a layer that can be adapted; none of {len(targets)} can. "
             f"{targets[0].name!r}: {reason}"
@@ -353,8 +354,8 @@ def leave_out_misfits(targets: list[Target], config: GraloraConfig, model_type: 
         more = f" and {len(left_out) - 8} more" if len(left_out) > 8 else ""
         warnings.warn(
             f"`target_modules='all-linear'` leaves out {names}{more}: `gralora_k={config.gralora_k}` does not "
-            "divide their widths, or their weight is read without calling them. Name them in `exclude_modules` to "
-            "silence this.",
+            "divide their widths, their weight is read without calling them, or they do more than a linear layer. Name "
+            "them in `exclude_modules` to silence this.",
             stacklevel=2,
         )
     return fitting
