@@ -20,7 +20,7 @@ check: $(STAMP) ## what CI runs: format, lint, types, tests, the README's snippe
 	$(BIN)/python -m pytest
 
 bench: $(STAMP) ## measure speed and memory, and write benchmarks/results
-	for run in memory.py train_step.py "train_step.py --default-allocator" layer.py "merge.py --default-allocator" \
+	for run in memory.py experts.py train_step.py "train_step.py --default-allocator" layer.py "merge.py --default-allocator" \
 		way_back.py export.py drift.py loss_curve.py; do $(BIN)/python benchmarks/$$run; done
 
 $(STAMP): pyproject.toml constraints.txt

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import tiny_gpt2, tiny_llama, tiny_opt
 
-from gralora import GraloraConfig
+from gralora import GraloraConfig, unregister_kind
 from gralora.cli import build_command
 from gralora.export.engines import VLLM_RANKS
 from gralora.tuner.fused import FEW_TOKENS
@@ -55,6 +55,20 @@ def test_python_runs_as_printed(tmp_path, monkeypatch):
             scope["model"] = tiny_opt()
         exec(compile(code, "README.md", "exec"), scope)
     assert (tmp_path / "gralora_adapter/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:`target_modules='all-linear'` adapts the experts too:UserWarning")
+@pytest.mark.filterwarnings("ignore:This adapter uses `target_parameters`:UserWarning")
+@pytest.mark.parametrize("page", ["layers.md", "moe.md"])
+def test_python_of_a_page_runs_as_printed(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scope = {"__name__": "page"}
+    try:
+        for code in blocks("python", (ROOT / "docs" / page).read_text()):
+            exec(compile(code, page, "exec"), scope)
+    finally:
+        if kind := scope.get("OnScaled"):
+            unregister_kind(kind)
 
 
 def commands():

@@ -45,6 +45,7 @@ class GraloraLayer(MergeableLayer):
     noun: ClassVar[str]  # what an error calls the base layers of this kind, in the plural
     can_be_sliced: ClassVar[bool] = False  # whether tensor parallelism may slice the features of the base
     pads_inputs: ClassVar[bool] = False  # whether the last input block may reach beyond the input's features
+    pads_outputs: bool = False  # whether factors tied to those of an embedding reach beyond the output
     experts: tuple[int, ...] = ()
     # All living layers, copies and unpickled ones included. Kept when this module is reloaded.
     alive: ClassVar[WeakSet["GraloraLayer"]] = globals().setdefault("_alive", WeakSet())

@@ -69,14 +69,14 @@ class Linear(GraloraLayer):
 
     def add(self, result: Tensor, x: Tensor, factors: blocks.Factors) -> Tensor:
         """Return `result + update(x)`; in one product where the dtypes agree."""
-        if result.dtype != x.dtype or factors.out_features != self.out_features:
+        if result.dtype != x.dtype or self.pads_outputs:
             return super().add(result, x, factors)
         rows = result.reshape(-1, self.out_features)
         return blocks.add(rows, x.reshape(-1, self.in_features), factors).view(result.shape)
 
     def fused(self, x: Tensor, adapter_name: str, factors: blocks.Factors) -> Tensor | None:
         """Return the output of base and adapter as one autograd function, where that is the same function."""
-        if factors.out_features != self.out_features or not fused.applies(self.base_layer, x, factors):
+        if self.pads_outputs or not fused.applies(self.base_layer, x, factors):
             return None
         base: Any = self.base_layer
         dropout = self.gralora_dropout._modules[adapter_name]

@@ -80,6 +80,7 @@ def tie(layer: GraloraLayer, source: GraloraLayer, adapter_name: str, dropout: f
     for name in ("r", "hybrid_r", "alpha", "gralora_k", "scaling", "initial_scaling"):
         getattr(layer, name)[adapter_name] = getattr(source, name)[adapter_name]
     layer.gralora_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
+    layer.pads_outputs |= layer.factors(adapter_name).out_features > layer.out_features
 
 
 def record(layers: dict[str, GraloraLayer], layer: GraloraLayer, adapter_name: str) -> dict[str, Any] | None:
