@@ -126,7 +126,7 @@ def experts_forward(
         return y
 
     up_name, down_name = projections
-    up = project(hidden_states[routing.tokens], hidden_states, up_name)
+    up = project(routing.rows_of(hidden_states), hidden_states, up_name)
     down = project(base._apply_gate(up) if base.has_gate else base.act_fn(up), None, down_name)
     if base.has_post_expert_norm:
         down = base.post_expert_norm(down)

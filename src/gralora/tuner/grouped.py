@@ -70,7 +70,13 @@ class Routing:
             row = self._within() + self.most * self.experts
             self.tokens = torch.zeros(number * self.most, dtype=torch.int64).index_copy_(0, row, self.tokens)
             self.experts = torch.arange(number).repeat_interleave(self.most)
+            self._empty = torch.ones(len(self.tokens), 1, dtype=torch.bool).index_fill_(0, row, False)
         self._row_of_pair = torch.empty_like(order).index_copy_(0, order, row)
+
+    def rows_of(self, tokens: Float[Tensor, "t width"]) -> Float[Tensor, "rows width"]:
+        """Return the row of each pair; zero where there is no pair, so that nothing overflows there."""
+        rows = tokens[self.tokens]
+        return rows.masked_fill(self._empty, 0) if self.is_even else rows
 
     def by_token(self, rows: Float[Tensor, "rows width"]) -> Float[Tensor, "t top_k width"]:
         """Return the rows of the pairs in the order of the tokens."""
