@@ -1,9 +1,11 @@
 """Names of experts in transformers 4, and what `"all-linear"` makes of experts."""
 
+import copy
+
 import pytest
 import torch
 from conftest import tiny_llama
-from mixtures import EXPERTS, moe_config, tiny
+from mixtures import EXPERTS, MODELS, moe_config, tiny
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
@@ -76,6 +78,27 @@ def test_names_that_modules_have_too_stay_targets():
         f"layers.1.mlp.shared_experts.{name}" for name in targets
     }
     assert adapted(model) == expected | {f"layers.1.{name}" for name in STACKS}
+
+
+def test_names_of_shared_experts_mean_them_alone():
+    targets = [f"shared_experts.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
+    model = get_peft_model(tiny("deepseek_v3", torch.float32), GraloraConfig(r=4, target_modules=targets))
+    assert adapted(model) == {f"layers.1.mlp.{name}" for name in targets}
+
+
+@ALL_LINEAR
+@pytest.mark.filterwarnings("ignore:This adapter uses")
+@pytest.mark.filterwarnings("ignore:`target_modules='all-linear'` leaves out .*feed_forward.router")
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("exclude", [None, ["experts"], ["down_proj"]])
+def test_a_saved_adapter_on_all_linear_layers_is_on_the_same_ones_again(name, exclude, tmp_path):
+    plain = tiny(name, torch.float32)
+    config = GraloraConfig(r=4, target_modules="all-linear", exclude_modules=exclude, init_weights=False)
+    model = get_peft_model(copy.deepcopy(plain), config).eval()
+    model.save_pretrained(tmp_path)
+    loaded, tokens = PeftModel.from_pretrained(plain, tmp_path).eval(), torch.randint(3, 64, (2, 7))
+    assert adapted(loaded) == adapted(model)
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
 
 
 def test_a_regular_expression_with_the_names_of_transformers_4():

@@ -7,6 +7,7 @@ targets of a LoRA config; the same is done here for ours.
 import re
 from typing import Any
 
+from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from peft.utils import transformers_weight_conversion as conversion
 from torch import nn
 
@@ -22,7 +23,8 @@ def rewrite_targets(config: GraloraConfig, model: nn.Module, model_type: str | N
     """Add to `target_parameters` of `config` what its `target_modules` mean in models of transformers 4.
 
     A rank of the two weights that are fused becomes twice the rank of one, at the same scale. Names that modules have
-    too stay in `target_modules`. `"all-linear"` is left alone, since it finds the experts itself.
+    too stay in `target_modules`. `"all-linear"` is left alone, since it finds the experts itself, and so is a config
+    that was resolved when an adapter was put on.
 
     Raises:
         ValueError: Only one of two weights that are fused is named.
@@ -30,9 +32,16 @@ def rewrite_targets(config: GraloraConfig, model: nn.Module, model_type: str | N
     base_type: Any = vars(conversion)["_MODEL_TO_CONVERSION_PATTERN"].get(model_type)
     renamed = conversion._MOE_TARGET_MODULE_MAPPING.get(base_type)
     asked = config.target_modules
-    if not renamed or not asked or config.asks_for_all_linear:
+    if not renamed or not asked or config.asks_for_all_linear or config.layer_kinds:
         return
-    stacks = {f"{name}.{stack}" for name, module in model.named_modules() for stack in expert_stacks(module)}
+    stacks = {
+        f"{name}.{stack}"
+        for name, module in model.named_modules()
+        for stack in expert_stacks(module)
+        if not any(
+            isinstance(check_target_module_exists(config, n), _ExcludedModule) for n in (name, f"{name}.{stack}")
+        )
+    }
     containers = {stack.rpartition(".")[0] for stack in stacks}
     found: dict[str, set[str]] = {}  # new name to the old names that were asked for
     if isinstance(asked, str):
@@ -40,8 +49,11 @@ def rewrite_targets(config: GraloraConfig, model: nn.Module, model_type: str | N
             if any(re.fullmatch(asked, f"{container}.{old}") for container in containers):
                 found.setdefault(new, set()).add(old)
     else:
+        routers = {name for name, module in model.named_modules() if _is_router(module)}
+        former = {f"{container}.{old}": old for container in containers for old in renamed}
+        former |= {name: old for name in routers if (old := name.rpartition(".")[2]) in renamed}
         for target in asked:
-            if (old := target.rpartition(".")[2]) in renamed:
+            for old in {old for name, old in former.items() if name == target or name.endswith(f".{target}")}:
                 found.setdefault(renamed[old], set()).add(old)
     modules = dict(model.named_modules())
     names = [name for name, module in modules.items() if not _is_router(module)]
