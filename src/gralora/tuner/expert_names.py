@@ -43,21 +43,20 @@ def rewrite_targets(config: GraloraConfig, model: nn.Module, model_type: str | N
         )
     }
     containers = {stack.rpartition(".")[0] for stack in stacks}
+    modules = dict(model.named_modules())
+    routers = {name for name, module in modules.items() if _is_router(module)}
     found: dict[str, set[str]] = {}  # new name to the old names that were asked for
     if isinstance(asked, str):
         for old, new in renamed.items():
             if any(re.fullmatch(asked, f"{container}.{old}") for container in containers):
                 found.setdefault(new, set()).add(old)
     else:
-        routers = {name for name, module in model.named_modules() if _is_router(module)}
         former = {f"{container}.{old}": old for container in containers for old in renamed}
         former |= {name: old for name in routers if (old := name.rpartition(".")[2]) in renamed}
         for target in asked:
             for old in {old for name, old in former.items() if name == target or name.endswith(f".{target}")}:
                 found.setdefault(renamed[old], set()).add(old)
-    modules = dict(model.named_modules())
-    names = [name for name, module in modules.items() if not _is_router(module)]
-    routers = modules.keys() - set(names)
+    names = modules.keys() - routers
     parameters = {*stacks, *(f"{router}.weight" for router in routers)}
     found = {new: old for new, old in found.items() if any(p.endswith(f".{new}") for p in parameters)}
     if not found:

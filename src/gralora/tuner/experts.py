@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Float, Int
-from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from transformers.integrations import moe
 
@@ -33,13 +32,9 @@ class Experts(ParameterLayer):
 
     noun = "stacks of experts (`target_parameters`)"
 
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        quantization_backend: QuantizationBackend | None = None,
-        parameter_name: str = "weight",
-    ) -> None:
-        super().__init__(base_layer, quantization_backend, parameter_name)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        # Here, since the compiler cannot trace how an interface is recognised.
         self._projections = self.projections(self.get_base_layer())
 
     def record(self) -> dict[str, Any]:

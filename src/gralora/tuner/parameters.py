@@ -28,14 +28,9 @@ class ParameterLayer(GraloraLayer):
 
     noun = "parameters that are a matrix or a stack of matrices (`target_parameters`)"
 
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        quantization_backend: QuantizationBackend | None = None,
-        parameter_name: str = "weight",
-    ) -> None:
-        super().__init__(base_layer, quantization_backend, parameter_name)
-        self.experts = shape_of(self.get_base_layer(), parameter_name)[:-2]
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.experts = shape_of(self.get_base_layer(), self.parameter_name)[:-2]
 
     @classmethod
     def covers(cls, base: nn.Module, backend: QuantizationBackend | None) -> bool:
