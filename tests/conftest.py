@@ -11,7 +11,7 @@ import torch
 from jaxtyping import install_import_hook
 
 with install_import_hook(["gralora.tuner.blocks", "gralora.tuner.fused"], "beartype.beartype"):
-    import gralora
+    import gralora.tuner.model
 
 import peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING

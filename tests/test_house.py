@@ -11,6 +11,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "gralora"
 ORDER = [
     {"cli"},
     {"__init__"},
+    {"deferred"},
     {"recipe", "report"},
     {"export", "importing"},
     {"pretrained"},

@@ -1,11 +1,13 @@
 """Checks of single values and the names of dtypes: one rule and one message for all callers."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch  # the command line checks its options before it loads torch
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
+_SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def require_text(name: str, value: Any) -> None:
@@ -54,18 +56,19 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: "torch.dtype") -> str:
     """Return the name of a dtype, without "torch.".
 
     Example:
+        >>> import torch
         >>> dtype_name(torch.bfloat16)
         'bfloat16'
     """
     return str(dtype).removeprefix("torch.")
 
 
-def dtype_named(name: str, auto: torch.dtype | None = None) -> torch.dtype:
-    """Return the dtype called `name`: float32, bfloat16 or float16.
+def dtype_named(name: str, auto: "torch.dtype | None" = None) -> "torch.dtype":
+    """Return the dtype called `name`: float32, bfloat16 or float16, or fp32, bf16 or fp16 for short.
 
     Args:
         name: Name of the dtype.
@@ -74,9 +77,24 @@ def dtype_named(name: str, auto: torch.dtype | None = None) -> torch.dtype:
     Raises:
         ValueError: Another name.
     """
-    if auto is not None and name == "auto":
-        return auto
-    if name not in DTYPES:
-        names = [*(("auto",) if auto is not None else ()), *DTYPES]
+    import torch
+
+    full = require_dtype(name, allow_auto=auto is not None)
+    return auto if auto is not None and full == "auto" else getattr(torch, full)
+
+
+def require_dtype(name: str, allow_auto: bool = True) -> str:
+    """Return the full name of the dtype called `name`, or "auto".
+
+    Raises:
+        ValueError: Another name.
+
+    Example:
+        >>> require_dtype("bf16")
+        'bfloat16'
+    """
+    names = [*(("auto",) if allow_auto else ()), *DTYPES]
+    full = _SHORT_DTYPES.get(name, name)
+    if full not in names:
         raise ValueError(f"`dtype` must be {', '.join(map(repr, names[:-1]))} or {names[-1]!r}; got dtype={name!r}.")
-    return DTYPES[name]
+    return full

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gralora.checks import DTYPES, is_number, require_integer
+from gralora.checks import DTYPES, dtype_named, is_number, require_integer
 from gralora.export.layouts import ExpertsLayout, Pair, kind_of, lora_refusal, tensors_of
 from gralora.export.lora_config import common_alpha, lora_config
 from gralora.export.rank import common_rank
@@ -55,7 +55,7 @@ class LoraOptions:
     bake_scale: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in (None, *DTYPES.values()):
+        if self.dtype not in (None, *map(dtype_named, DTYPES)):
             raise ValueError(f"`dtype` must be float32, bfloat16 or float16; got dtype={self.dtype!r}.")
         if self.max_rank is not None:
             require_integer("max_rank", self.max_rank)
