@@ -1,9 +1,19 @@
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from gralora.checks import dtype_name, dtype_named, is_number, require_integer, require_positive, require_text
+from gralora.checks import (
+    dtype_name,
+    dtype_named,
+    full_dtype_name,
+    is_number,
+    require_integer,
+    require_positive,
+    require_text,
+)
 
 
 @pytest.mark.parametrize("value", [0, -1, True, 1.0, "1", None])
@@ -56,3 +66,28 @@ def test_dtypes_by_name():
         dtype_named("auto")
     with pytest.raises(ValueError, match="`dtype` must be 'auto', 'float32', 'bfloat16' or 'float16'; got dtype='i8'"):
         dtype_named("i8", auto=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("short", "dtype"),
+    [
+        ("bf16", torch.bfloat16),
+        ("fp16", torch.float16),
+        ("half", torch.float16),
+        ("fp32", torch.float32),
+        ("float", torch.float32),
+    ],
+)
+def test_short_names_of_dtypes(short, dtype):
+    assert dtype_named(short) is dtype
+    assert full_dtype_name(short) == dtype_name(dtype)
+    assert full_dtype_name("auto", allow_auto=True) == "auto"
+
+
+def test_checking_the_name_of_a_dtype_does_not_import_torch():
+    script = (
+        "import importlib.util, sys; spec = importlib.util.spec_from_file_location('checks', sys.argv[1]); "
+        "checks = importlib.util.module_from_spec(spec); spec.loader.exec_module(checks); "
+        "checks.full_dtype_name('bf16'); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script, sys.modules["gralora.checks"].__file__]).returncode == 0

@@ -1,13 +1,22 @@
 """Checks of single values and the names of dtypes: one rule and one message for all callers."""
 
+from __future__ import annotations
+
 import math
 from typing import TYPE_CHECKING, Any
 
+# Checking a name must not cost the import of torch: a command line does it before anything else.
 if TYPE_CHECKING:
-    import torch  # the command line checks its options before it loads torch
+    import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
-_SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_SHORT_NAMES = {
+    "fp32": "float32",
+    "float": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+}
 
 
 def require_text(name: str, value: Any) -> None:
@@ -56,7 +65,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def dtype_name(dtype: "torch.dtype") -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     """Return the name of a dtype, without "torch.".
 
     Example:
@@ -67,8 +76,29 @@ def dtype_name(dtype: "torch.dtype") -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def dtype_named(name: str, auto: "torch.dtype | None" = None) -> "torch.dtype":
-    """Return the dtype called `name`: float32, bfloat16 or float16, or fp32, bf16 or fp16 for short.
+def full_dtype_name(name: str, allow_auto: bool = False) -> str:
+    """Return the full name of a dtype that may be given by a short one: bf16, fp16, fp32, half, float.
+
+    Args:
+        name: Name of the dtype.
+        allow_auto: Whether "auto" is a name, too.
+
+    Raises:
+        ValueError: Another name.
+
+    Example:
+        >>> full_dtype_name("bf16")
+        'bfloat16'
+    """
+    full = _SHORT_NAMES.get(name, name)
+    names = [*(("auto",) if allow_auto else ()), *DTYPES]
+    if full not in names:
+        raise ValueError(f"`dtype` must be {', '.join(map(repr, names[:-1]))} or {names[-1]!r}; got dtype={name!r}.")
+    return full
+
+
+def dtype_named(name: str, auto: torch.dtype | None = None) -> torch.dtype:
+    """Return the dtype called `name`: float32, bfloat16 or float16, or a short name of these.
 
     Args:
         name: Name of the dtype.
@@ -77,24 +107,9 @@ def dtype_named(name: str, auto: "torch.dtype | None" = None) -> "torch.dtype":
     Raises:
         ValueError: Another name.
     """
+    full = full_dtype_name(name, allow_auto=auto is not None)
+    if auto is not None and full == "auto":
+        return auto
     import torch
 
-    full = require_dtype(name, allow_auto=auto is not None)
-    return auto if auto is not None and full == "auto" else getattr(torch, full)
-
-
-def require_dtype(name: str, allow_auto: bool = True) -> str:
-    """Return the full name of the dtype called `name`, or "auto".
-
-    Raises:
-        ValueError: Another name.
-
-    Example:
-        >>> require_dtype("bf16")
-        'bfloat16'
-    """
-    names = [*(("auto",) if allow_auto else ()), *DTYPES]
-    full = _SHORT_DTYPES.get(name, name)
-    if full not in names:
-        raise ValueError(f"`dtype` must be {', '.join(map(repr, names[:-1]))} or {names[-1]!r}; got dtype={name!r}.")
-    return full
+    return getattr(torch, full)
