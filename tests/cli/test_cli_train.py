@@ -7,6 +7,7 @@ import pytest
 from command_line import run
 from tiny_language_model import write_rows
 
+import gralora
 from gralora.recipe.options import TrainingOptions
 from gralora.recipe.progress import ConsoleReporter
 
@@ -24,7 +25,7 @@ def test_training_end_to_end(base_model, rows_file, tmp_path, capsys):
         "2 q_proj",
         "rank r               │ 4",
         "blocks per side k    │ 2",
-        "scale                │ 16",
+        "scale                │ 2",
         "training 2/2  loss",
         "tokens/s",
         "exact match on held-out rows: 0.0% before, 0.0% after",
@@ -88,7 +89,7 @@ def test_the_command_line_wins_over_the_file(base_model, rows_file, tmp_path):
         ("r: true", "run.yaml' must have an int for r; got True."),
         ("lr: fast", "run.yaml' must have a float for lr; got 'fast'."),
         ("lr: 1\nlr: 2", "--config must name an option once; got 'lr' twice in "),
-        ("colour: red", "The options are output, model, "),
+        ("colour: red", "`gralora train --help` lists them. Fields of TRL's SFTConfig go under `trainer`."),
         ("[1]", "--config must map names to values"),
         ("r: [", "--config must be a YAML file"),
         ("max_length: 1\nmax-length: 2", "got 'max-length' twice"),
@@ -106,20 +107,43 @@ def test_a_mistake_in_the_file_is_said_without_a_traceback(tmp_path, capsys, con
 
 
 def test_every_option_of_a_run_is_passed_on(tmp_path, monkeypatch):
-    given = {"model": "m", "data": "d", "eval": "e", "r": 8, "hybrid_r": 1, "alpha": 2.0, "k": 4, "dropout": 0.5}
-    given |= {"target_modules": "q_proj", "lr": 0.1, "steps": 3, "batch_size": 2, "max_length": 9, "dtype": "float16"}
+    given = {"model": "m", "data": ("d", "-"), "eval": ("e",), "eval_data": ("v",), "train_on": "everything"}
+    given |= {"r": 8, "hybrid_r": 1, "alpha": 2.0, "k": 4, "dropout": 0.5, "bias": "all", "use_rslora": True}
+    given |= {"target_modules": "q_proj", "exclude_modules": "a", "target_parameters": "b", "modules_to_save": "c"}
+    given |= {"layers_to_transform": "0-3", "rank_pattern": ("a=8", "b=4"), "alpha_pattern": ("a=1.0",)}
+    given |= {"k_pattern": ("a=2",), "lr": 0.1, "steps": 3, "batch_size": 2, "max_length": 9, "dtype": "float16"}
     given |= {"output": str(tmp_path / "out"), "seed": 7, "threads": 1, "gradient_checkpointing": True}
-    assert given.keys() | {"epochs"} == {field.name for field in fields(TrainingOptions)}
+    given |= {"load_in": "4bit", "attention": "eager", "allow_missing": True, "packing": True}
+    given |= {"grad_accumulation": 2, "scheduler": "linear", "warmup": 3.0, "weight_decay": 0.1, "optimizer": "sgd"}
+    given |= {"mixed_precision": "bf16", "eval_steps": 2, "keep_best": True, "patience": 3, "sample_every": 4}
+    given |= {"log_to": ("tensorboard",), "push_to_hub": "me/mine"}
+    apart = {"epochs", "validation_share", "start_from", "save_steps", "adapter", "trainer"}
+    assert given.keys() | apart == {field.name for field in fields(TrainingOptions)}
     seen = []
 
     def train(options, reporter):
         seen.append(options)
         raise ValueError("enough")
 
-    monkeypatch.setattr("gralora.cli.train.run_training", train)
-    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not True]
-    assert run("train", *arguments, "--gradient-checkpointing") == 2
+    monkeypatch.setattr("gralora.recipe.training.train", train)
+    arguments = []
+    for name, value in given.items():
+        flag = f"--{name.replace('_', '-')}"
+        values = value if isinstance(value, tuple) else (value,)
+        arguments += [flag] if value is True else [f"{flag}={text}" for text in values]
+    assert run("train", *arguments) == 2
     assert seen == [TrainingOptions(**given)]
+
+
+@pytest.mark.parametrize("verb", ["train", "generate"])
+def test_an_option_with_one_value_is_given_once(verb, capsys):
+    assert run(verb, "--seed", "1", "--seed", "2") == 2
+    assert "it is given more than once" in capsys.readouterr().err
+
+
+def test_the_version_is_shown(capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"gralora {gralora.__version__}\n"
 
 
 @pytest.mark.parametrize("verb", ["train", "generate"])

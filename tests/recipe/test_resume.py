@@ -29,15 +29,38 @@ def test_an_interrupted_run_ends_as_an_unbroken_one_bit_for_bit(options, unbroke
     assert adapter_bytes(tmp_path / "out") == unbroken[1]
 
 
-def test_a_run_that_died_goes_on_from_its_last_whole_checkpoint(options, unbroken, tmp_path):
+def cut(name):
+    def damage(checkpoint):
+        file = checkpoint / name
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut("trainer_state.json"),
+        cut("adapter_model.safetensors"),
+        cut("optimizer.pt"),
+        lambda checkpoint: (checkpoint / "adapter_model.safetensors").unlink(),
+        lambda checkpoint: (checkpoint / "rng_state.pth").write_bytes(b""),
+    ],
+)
+def test_a_run_that_died_goes_on_from_its_last_whole_checkpoint(options, unbroken, tmp_path, damage):
     with pytest.raises(KeyboardInterrupt):
         train(options(), Recorder(7, stop_at_once))
     folder = RunFolder(str(tmp_path / "out"))
-    newest = last_checkpoint(folder)
+    newest, _ = last_checkpoint(folder)
     assert newest.step == 6
-    (newest.path / "trainer_state.json").write_text('{"global_step": 6')
-    assert last_checkpoint(folder).step == 4
-    assert resume_run(str(tmp_path / "out")).losses == unbroken[0].losses
+    damage(newest.path)
+    older, problems = last_checkpoint(folder)
+    assert older.step == 4
+    recorder = Recorder()
+    assert resume_run(str(tmp_path / "out"), reporter=recorder).losses == unbroken[0].losses
+    assert problems[0].startswith("checkpoint-6: ")
+    assert f"note: {problems[0]}; the checkpoint is not used" in recorder.notes
+    assert "note: the run goes on from step 4" in recorder.notes
     assert adapter_bytes(tmp_path / "out") == unbroken[1]
 
 
@@ -57,7 +80,7 @@ def test_resuming_a_finished_run_changes_nothing(options, unbroken):
 def test_resuming_takes_the_options_of_the_run_and_no_others(options, tmp_path):
     train(options(seed=3), Recorder(1, interrupt))
     output = str(tmp_path / "out")
-    assert RunState.read(output).options_for(output, threads=2) == options(seed=3, threads=2)
+    assert RunState.read(output).options_for(output, {"threads": 2}) == options(seed=3, threads=2)
     with pytest.raises(ValueError, match=r"`lr` must be that of the run to resume; got lr=0.5, and the run has 0.01"):
         resume_run(output, {"threads": 1, "r": 4, "lr": 0.5})
     with pytest.raises(ValueError, match=r"`seed` must be that of the run to resume"):

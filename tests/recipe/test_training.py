@@ -30,7 +30,7 @@ def test_a_run_writes_an_adapter_that_peft_loads_and_its_papers(options, base_mo
     assert result.example["reference"] == "20 20"
     assert recorder.scores == [("before", 0, 3), ("before", 3, 3), ("after", 0, 3), ("after", 3, 3)]
     assert recorder.summary.targets == dict.fromkeys(LAYERS, 2)
-    assert (recorder.summary.r, recorder.summary.k, recorder.summary.scale) == (4, 2, 16)
+    assert (recorder.summary.r, recorder.summary.k, recorder.summary.scale) == (4, 2, 2)
     assert recorder.summary.trainable_parameters == 2 * 4 * (4 * (16 + 16) + 3 * (16 + 24))
 
     base = AutoModelForCausalLM.from_pretrained(base_model)

@@ -1,14 +1,20 @@
-"""The command line: `gralora <verb>`. One file a verb, which parses, calls and prints."""
+"""The command line: `gralora <verb>`. One file a verb, which parses, calls and prints.
 
+A verb's file imports the library inside its function, so that `--help` does not wait for torch.
+"""
+
+import logging
 import os
 import sys
-from typing import Any
+from typing import Annotated, Any
+
+from gralora import __version__
 
 _ERRORS = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line. A mistake of the user ends it with a message and status 2.
+    """Run the command line. A mistake of the user ends it with a message and status 2, Ctrl-C with status 130.
 
     With `GRALORA_TRACEBACK` set in the environment, errors keep their traceback.
 
@@ -21,9 +27,13 @@ def main(arguments: list[str] | None = None) -> None:
         from gralora.optional import require
 
         require("typer", "rich", "yaml", extra="train")
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # what it logs at its import concerns nobody here
         command = build_command()
         verbs = command.commands
-        command(arguments)
+        command(arguments, prog_name="gralora", standalone_mode=True)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
     except _ERRORS as error:
         if os.environ.get("GRALORA_TRACEBACK"):
             raise
@@ -34,7 +44,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _respelled(error: Exception, verb: Any) -> str:
     from gralora.cli.errors import with_flags
 
-    return str(error) if verb is None else with_flags(str(error), verb)
+    text = str(error) or type(error).__name__
+    return text if verb is None else with_flags(text, verb)
 
 
 def build_command() -> Any:
@@ -42,17 +53,30 @@ def build_command() -> Any:
     import typer
 
     from gralora.cli import export, generate, import_, inspect, merge, train
+    from gralora.cli.options import Verb, option, with_verbose
 
     app = typer.Typer(
-        add_completion=False,
         no_args_is_help=True,
+        invoke_without_command=True,
         pretty_exceptions_enable=False,
         help="GraLoRA adapters: fine-tune a language model, merge the result, export it, inspect it.",
     )
-    app.command("train")(train.train)
-    app.command("generate")(generate.generate)
-    app.command("merge")(merge.merge)
-    app.command("export")(export.export)
-    app.command("import")(import_.import_)
-    app.command("inspect")(inspect.inspect)
+
+    @app.callback()
+    def gralora(
+        version: Annotated[bool, option("Show the version.", "--version")] = False,
+    ) -> None:
+        if version:
+            print(f"gralora {__version__}")
+            raise typer.Exit
+
+    for name, verb in {
+        "train": train.train,
+        "generate": generate.generate,
+        "merge": merge.merge,
+        "export": export.export,
+        "import": import_.import_,
+        "inspect": inspect.inspect,
+    }.items():
+        app.command(name, cls=Verb)(with_verbose(verb))
     return typer.main.get_command(app)

@@ -59,4 +59,5 @@ def _parameter(name: str, verb: Any) -> Any:
 def _spelling(parameter: Any) -> str:
     if parameter.param_type_name == "argument":
         return parameter.name.upper()
-    return max(parameter.opts, key=len)
+    own = f"--{parameter.name.replace('_', '-')}"
+    return own if own in parameter.opts else max(parameter.opts, key=len)

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
+from gralora.files.disk import explaining_full_disk
 from gralora.files.names import CONFIG_FILE, DIFFUSERS_FILE, TENSOR_FILE
 
 # Overwriting a mistyped path must not delete a home folder: only a folder with one of these files is replaced.
@@ -73,8 +74,9 @@ def appearing(output: Path) -> Iterator[Path]:
     hidden = Path(tempfile.mkdtemp(".partial", f".{output.name}.{os.getpid()}.", output.parent))
     new, old = hidden / output.name, hidden / f"{output.name}.old"
     try:
-        yield new
-        _apply_umask(new)
+        with explaining_full_disk(output):
+            yield new
+            _apply_umask(new)
         try:
             if output.exists():
                 output.rename(old)
@@ -101,8 +103,9 @@ def appearing_once(folder: Path) -> Iterator[Path]:
     # Never cleaned up: the processes that share a cache may run on other machines, where their ids mean nothing here.
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        yield partial
-        _apply_umask(partial)
+        with explaining_full_disk(folder):
+            yield partial
+            _apply_umask(partial)
         try:
             partial.rename(folder)
         except OSError:
@@ -123,12 +126,14 @@ def replacing_files(folder: Path, last: str = CONFIG_FILE) -> Iterator[Path]:
         folder: Existing folder.
         last: Name of the file that is moved last, the one without which readers ignore the others.
     """
-    partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder))
+    with explaining_full_disk(folder):
+        partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder))
     try:
-        yield partial
-        _apply_umask(partial)
-        for file in sorted(partial.iterdir(), key=lambda file: (file.name == last, file.name)):
-            os.replace(file, folder / file.name)
+        with explaining_full_disk(folder):
+            yield partial
+            _apply_umask(partial)
+            for file in sorted(partial.iterdir(), key=lambda file: (file.name == last, file.name)):
+                os.replace(file, folder / file.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -1,29 +1,49 @@
 """The model card of an adapter: the README.md in its folder."""
 
 import json
+import os
+from typing import Any
 
-from gralora.pretrained import DEFAULT_MODEL, INSTALL_DEFAULT_MODEL
+from gralora.optional import DEFAULT_MODEL, INSTALL_DEFAULT_MODEL
 from gralora.recipe.options import TrainingOptions
 from gralora.recipe.result import TrainingResult
 
 
-def render(options: TrainingOptions, result: TrainingResult) -> str:
-    """Return the model card of an adapter that `train` writes."""
-    data = options.data or "the packaged task of gralora: customer messages to JSON of four fields"
+def render(options: TrainingOptions, config: Any, result: TrainingResult) -> str:
+    """Return the model card of an adapter that `train` writes.
+
+    Args:
+        options: Options of the run.
+        config: The adapter's `GraloraConfig`.
+        result: Result of the run.
+    """
+    data = (
+        ", ".join(map(_shown, options.data)) or "the packaged task of gralora: customer messages to JSON of four fields"
+    )
     state = f"; interrupted, the run has {result.total_steps} steps" if result.interrupted else ""
+    if result.stopped_early:
+        state = f"; stopped early, the evaluation loss fell no more (of {result.total_steps} steps)"
+    accumulated = f" x {options.grad_accumulation} batches" if options.grad_accumulation > 1 else ""
     facts = {
-        "base model": f"`{options.model}`",
+        "base model": f"`{_shown(options.model)}`",
         "data": data,
-        "steps": f"{result.steps} of {options.batch_size} rows{state}",
-        "rank r, hybrid_r": f"{options.r}, {options.hybrid_r}",
-        "blocks per side k": options.k,
-        "alpha": f"{options.alpha:g}",
-        "target modules": f"`{options.target_modules}`",
-        "learning rate": f"{options.lr:g}, cosine, with warm-up",
+        "steps": f"{result.steps} of {options.batch_size} rows{accumulated}{state}",
+        "rank r, hybrid_r": f"{config.r}, {config.hybrid_r}",
+        "blocks per side k": config.gralora_k,
+        "alpha": f"{config.alpha:g}",
+        "target modules": f"`{options.target_modules or 'as in the adapter that it started from'}`",
+        "learning rate": f"{options.lr:g}, {options.scheduler}, with warm-up",
         "seed": options.seed,
     }
+    if options.start_from:
+        facts["started from"] = f"`{_shown(options.start_from)}`"
     if result.losses:
         facts["loss, first and last step"] = f"{result.losses[0]:.4f}, {result.losses[-1]:.4f}"
+    if result.eval_losses:
+        step, loss = min(result.eval_losses, key=lambda pair: pair[1])
+        facts["evaluation loss, lowest and last"] = f"{loss:.4f} (step {step}), {result.eval_losses[-1][1]:.4f}"
+    if result.best_step:
+        facts["kept"] = f"the adapter of step {result.best_step}, for its evaluation loss"
     if result.before is not None:
         facts["exact match on held-out rows, before"] = f"{result.before:.1%}"
     if result.after is not None:
@@ -31,6 +51,11 @@ def render(options: TrainingOptions, result: TrainingResult) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     curve = "\n![Training loss over the steps](loss.png)\n" if result.losses else ""
     return _CARD.format(metadata=_metadata(options.model), table=table, curve=curve, load=_load_snippet(options.model))
+
+
+def _shown(name: str) -> str:
+    """Return a name without the folders of the machine on which the run was made."""
+    return os.path.basename(name.rstrip("/")) if os.path.isabs(name) else name
 
 
 def _metadata(model: str) -> str:

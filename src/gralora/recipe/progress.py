@@ -1,7 +1,9 @@
 """Reporting the progress of a run, and silencing the libraries that it uses."""
 
+import datetime
+import importlib.util
 import logging
-import sys
+import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -33,9 +35,13 @@ class RunSummary:
         train_rows: Number of training rows.
         truncated_rows: Number of training rows that were truncated.
         eval_rows: Number of held-out rows.
+        validation_rows: Number of rows whose loss is measured during training.
         steps: Number of steps of the whole run.
         first_step: Number of steps that were done before a resume.
-        batch_size: Rows per step.
+        batch_size: Rows that one process handles at once.
+        grad_accumulation: Number of such batches in a step of one process.
+        processes: Number of processes.
+        memory: Estimate of the memory that training takes, in bytes, by part; None where it was not made.
     """
 
     model: str
@@ -51,9 +57,18 @@ class RunSummary:
     train_rows: int
     truncated_rows: int
     eval_rows: int
+    validation_rows: int
     steps: int
     first_step: int
     batch_size: int
+    grad_accumulation: int
+    processes: int
+    memory: dict[str, int] | None = None
+
+    @property
+    def global_batch(self) -> int:
+        """Number of rows in a step."""
+        return self.batch_size * self.grad_accumulation * self.processes
 
 
 class Reporter:
@@ -68,8 +83,17 @@ class Reporter:
     def step(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Receive the results of step number `step`."""
 
+    def evaluated(self, step: int, loss: float) -> None:
+        """Receive the loss on the validation rows after step number `step`."""
+
+    def sample(self, step: int, prompt: str, answer: str) -> None:
+        """Receive the model's answer to a prompt after step number `step`."""
+
     def scoring(self, what: str, done: int, rows: int) -> None:
         """Receive the number of held-out rows answered so far, `what` ("before" or "after") training."""
+
+    def close(self) -> None:
+        """Receive the end of the run."""
 
 
 class ConsoleReporter(Reporter):
@@ -84,6 +108,8 @@ class ConsoleReporter(Reporter):
         self._task: Any = None
         self._steps = 0
         self._last_line = float("-inf")
+        self._eval_text = ""
+        self._pace = _Pace()
 
     def note(self, text: str) -> None:
         """Print a line."""
@@ -105,9 +131,12 @@ class ConsoleReporter(Reporter):
             "rank r": f"{summary.r}{hybrid}",
             "blocks per side k": str(summary.k),
             "scale": f"{summary.scale:g}",
-            "rows": f"{summary.train_rows:,} to train on{cut}; {summary.eval_rows:,} held out",
-            "steps": f"{summary.steps:,} of {summary.batch_size} rows{done}",
+            "rows": f"{summary.train_rows:,} to train on{cut}; {_held_out(summary)}",
+            "steps": f"{summary.steps:,} of {_batch(summary)}{done}",
         }
+        if summary.memory:
+            parts = ", ".join(f"{size / 2**20:,.0f} MiB {name}" for name, size in summary.memory.items())
+            rows["memory, estimated"] = f"{sum(summary.memory.values()) / 2**20:,.0f} MiB: {parts}"
         table = Table(show_header=False)
         for name, value in rows.items():
             table.add_row(name, value)
@@ -115,19 +144,30 @@ class ConsoleReporter(Reporter):
 
     def step(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Update the bar; where the output is not a terminal, print a line every few seconds."""
-        text = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
+        text = f"loss {loss:.4f}{self._eval_text}  {tokens_per_second:,.0f} tokens/s"
         self._show("training", step, self._steps, text)
+
+    def evaluated(self, step: int, loss: float) -> None:
+        """Show the evaluation loss beside that of the steps, and print a line."""
+        self._eval_text = f"  eval loss {loss:.4f}"
+        self.note(f"step {step}: eval loss {loss:.4f}")
+
+    def sample(self, step: int, prompt: str, answer: str) -> None:
+        """Print the prompt and the answer."""
+        self.note(f"step {step}: {' '.join(prompt.split())[:160]}")
+        self.note(f"    -> {' '.join(answer.split())[:320]}")
 
     def scoring(self, what: str, done: int, rows: int) -> None:
         """Update the bar of the held-out rows."""
         self._show(f"scoring {what}", done, rows, "")
 
     def _show(self, name: str, done: int, total: int, text: str) -> None:
+        left = self._pace.left(name, done, total)
         if not self.console.is_terminal:
             due = time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES
             if due or done == total:
                 self._last_line = time.monotonic()
-                self.note(f"{name} {done}/{total}  {text}".rstrip())
+                self.note(f"{name} {done}/{total}  {text}{left}".rstrip())
             return
         if self._bar is None:
             from rich import progress
@@ -153,9 +193,53 @@ class ConsoleReporter(Reporter):
             self._bar = None
 
 
+class _Pace:
+    """Estimates the time left from the mean pace so far."""
+
+    def __init__(self) -> None:
+        self._name = ""
+        self._first = (0, 0.0)
+
+    def left(self, name: str, done: int, total: int) -> str:
+        """Return the time left as text, empty before the second event of `name` and at the end."""
+        now = time.monotonic()
+        if name != self._name:
+            self._name, self._first = name, (done, now)
+        first, began = self._first
+        if done <= first or done >= total:
+            return ""
+        seconds = round((now - began) / (done - first) * (total - done))
+        return f"  {datetime.timedelta(seconds=seconds)} left"
+
+
+def _held_out(summary: RunSummary) -> str:
+    parts = []
+    if summary.validation_rows:
+        parts.append(f"{summary.validation_rows:,} for the evaluation loss")
+    if summary.eval_rows or not parts:
+        parts.append(f"{summary.eval_rows:,} held out")
+    return "; ".join(parts)
+
+
+def _batch(summary: RunSummary) -> str:
+    factors = [f"{summary.batch_size} at once"]
+    if summary.grad_accumulation > 1:
+        factors.append(f"{summary.grad_accumulation} accumulated")
+    if summary.processes > 1:
+        factors.append(f"{summary.processes} processes")
+    rows = f"{summary.global_batch} rows"
+    return rows if len(factors) == 1 else f"{rows} ({' x '.join(factors)})"
+
+
 @contextmanager
 def quiet_libraries(reporter: Reporter) -> Iterator[None]:
-    """Suppress progress bars, logs and deprecations of the libraries; turn other warnings into notes, each once."""
+    """Suppress progress bars, logs and deprecations of the libraries; turn other warnings into notes, each once.
+
+    With `GRALORA_VERBOSE` set in the environment, the libraries speak as they like.
+    """
+    if os.environ.get("GRALORA_VERBOSE"):
+        yield
+        return
     noted: set[str] = set()
 
     def note(message: Warning | str, *_: Any) -> None:
@@ -190,7 +274,7 @@ def _bars() -> list[Any]:
     from transformers.utils import logging as transformers_logging
 
     modules: list[Any] = [transformers_logging]
-    if "datasets" in sys.modules:
+    if importlib.util.find_spec("datasets"):
         from datasets.utils import logging as datasets_logging
 
         modules.append(datasets_logging)

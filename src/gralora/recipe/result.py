@@ -11,7 +11,10 @@ class TrainingResult:
         output: Folder with the adapter.
         steps: Number of steps done, including those before a resume.
         total_steps: Number of steps of the whole run.
+        stopped_early: Whether the run ended before `total_steps` because the evaluation loss fell no more.
         losses: Training loss of each step.
+        eval_losses: Pairs of a step and the evaluation loss after it.
+        best_step: Step whose adapter was kept for its evaluation loss; None where the last one was kept.
         before: Exact match of the base model on the held-out rows; None without held-out rows.
         after: Exact match of the trained model on the held-out rows; None without held-out rows or where the
             run was interrupted.
@@ -23,7 +26,10 @@ class TrainingResult:
     output: str
     steps: int
     total_steps: int
+    stopped_early: bool
     losses: tuple[float, ...]
+    eval_losses: tuple[tuple[int, float], ...]
+    best_step: int | None
     before: float | None
     after: float | None
     example: dict[str, str | None] | None
@@ -33,4 +39,4 @@ class TrainingResult:
     @property
     def interrupted(self) -> bool:
         """Whether steps are left to do."""
-        return self.steps < self.total_steps
+        return self.steps < self.total_steps and not self.stopped_early

@@ -4,15 +4,17 @@ A run writes its state to `run.json` before the first step: its options, the num
 the encoded rows, and the score of the base model. While it trains, the Trainer writes checkpoints. To
 resume is to
 
-1. read the state and take the options from it; the caller may repeat options, but not change them;
+1. read the state and take the options from it; the caller may repeat options, and change those in `_FREE`;
 2. refuse rows that encode differently from those of the run;
-3. continue from the newest complete checkpoint, or from step 0 where there is none.
+3. continue from the newest checkpoint whose files are whole, or from step 0 where there is none.
 
-On the CPU, with the same number of threads, the losses and the adapter are then the same, bit for bit, as
-those of a run that was not interrupted. A finished run is loaded, not trained further.
+On the CPU, with the same number of threads and steps, the losses and the adapter are then the same, bit for
+bit, as those of a run that was not interrupted. A finished run is loaded, and trained further only if more
+steps are asked for.
 """
 
 import json
+import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,12 +24,12 @@ import torch
 from gralora.checks import is_number, require_integer, require_text
 from gralora.files.atomic import replacing_files
 from gralora.recipe.options import PACKAGED_TASK, TrainingOptions
-from gralora.recipe.run_folder import RunFolder, write_json
+from gralora.recipe.options_file import overlay, to_yaml
+from gralora.recipe.run_folder import RUN_FILE, RunFolder, write_json
 
-_RUN_FILE = "run.json"
-# Options that may differ from those of the run. They are not stored as its options.
-_FREE = {"output", "threads"}
-_DEFAULTS = {field.name: field.default for field in fields(TrainingOptions)}
+# Options that may differ from those of the run. The hash of the rows stands for `data`.
+_FREE = {"output", "threads", "steps", "epochs", "data", "log_to", "sample_every", "push_to_hub"}
+_NAMES = {field.name for field in fields(TrainingOptions)}
 
 
 class BaseScore(NamedTuple):
@@ -46,18 +48,19 @@ class RunState:
         threads: Number of CPU threads, on which the exact bits depend.
         data_sha256: `EncodedRows.fingerprint` of the training rows.
         before: Score of the base model; None without held-out rows, or before it is measured.
+        stopped_early: Whether the run ended since its evaluation loss fell no more.
     """
 
     options: dict[str, Any]
     threads: int
     data_sha256: str
     before: BaseScore | None = None
+    stopped_early: bool = False
 
     @classmethod
     def start(cls, options: TrainingOptions, data_sha256: str) -> "RunState":
         """Return the state of a new run."""
-        stored = {name: value for name, value in asdict(options).items() if name not in _FREE}
-        return cls(stored, torch.get_num_threads(), data_sha256)
+        return cls(stored_options(options), torch.get_num_threads(), data_sha256)
 
     @classmethod
     def read(cls, output: str) -> "RunState":
@@ -69,9 +72,11 @@ class RunState:
         if reason := resume_refusal(output):
             raise ValueError(reason)
         try:
-            stored = json.loads((Path(output) / _RUN_FILE).read_text())
+            stored = json.loads((Path(output) / RUN_FILE).read_text())
             before = BaseScore(**stored["before"]) if stored.get("before") else None
-            state = cls(dict(stored["options"]), stored["threads"], stored["data_sha256"], before)
+            options = {name: value for name, value in dict(stored["options"]).items() if name in _NAMES}
+            early = bool(stored.get("stopped_early"))
+            state = cls(options, stored["threads"], stored["data_sha256"], before, early)
             require_integer("threads", state.threads)
             require_text("data_sha256", state.data_sha256)
             if before and not (is_number(before.exact_match) and isinstance(before.first_answer, str)):
@@ -82,7 +87,7 @@ class RunState:
             raise ValueError(f"`output` must hold a readable run.json; {output!r} does not: {error!r}") from None
 
     def write(self, folder: RunFolder) -> None:
-        """Write `run.json`."""
+        """Write `run.json` and `config.yaml`."""
         stored: dict[str, Any] = {
             "options": self.options,
             "threads": self.threads,
@@ -90,33 +95,44 @@ class RunState:
         }
         if self.before is not None:
             stored["before"] = self.before._asdict()
-        with replacing_files(folder.path) as partial:
-            write_json(partial / _RUN_FILE, stored)
+        if self.stopped_early:
+            stored["stopped_early"] = True
+        with replacing_files(folder.path, last=RUN_FILE) as partial:
+            write_json(partial / RUN_FILE, stored)
+            (partial / "config.yaml").write_text(to_yaml(self.options), encoding="utf-8")
 
-    def options_refusal(self, given: dict[str, Any]) -> str | None:
-        """Return why the run cannot be resumed with the options `given`, or None; only `threads` may differ."""
-        for name, value in given.items():
-            stored = self.options.get(name, _DEFAULTS.get(name))
-            if name not in _FREE and value != stored:
-                return (
-                    f"`{name}` must be that of the run to resume; got {name}={value!r}, and the run has {stored!r}. "
-                    "Leave it out, or start a new run in another folder."
+    def options_for(self, output: str, given: dict[str, Any] | None = None) -> TrainingOptions:
+        """Return the options of the run for the folder `output`, with those of `given` that may change.
+
+        Raises:
+            ValueError: `given` has another value for an option that must stay.
+        """
+        run = TrainingOptions(**self.options, output=output, threads=self.threads)
+        if not given:
+            return run
+        wanted = TrainingOptions(**overlay({**self.options, "threads": self.threads}, given), output=output)
+        for name in given:
+            if name not in _FREE and getattr(wanted, name) != getattr(run, name):
+                raise ValueError(
+                    f"`{name}` must be that of the run to resume; got {name}={given[name]!r}, and the run has "
+                    f"{getattr(run, name)!r}. Leave it out, or start a new run in another folder."
                 )
-        return None
+        return wanted
 
-    def options_for(self, output: str, threads: int | None = None) -> TrainingOptions:
-        """Return the options of the run, for the folder `output` and a number of CPU threads."""
-        stored = {name: value for name, value in self.options.items() if name in _DEFAULTS and name not in _FREE}
-        return TrainingOptions(**stored, output=output, threads=threads or self.threads)
-
-    def data_refusal(self, data: str | None, data_sha256: str) -> str | None:
+    def data_refusal(self, data: tuple[str, ...], data_sha256: str) -> str | None:
         """Return why the run cannot be resumed on rows from `data` with this fingerprint, or None."""
         if data_sha256 == self.data_sha256:
             return None
         return (
-            f"`data` must hold the rows of the run to resume; {data or PACKAGED_TASK!r} has changed, or its tokenizer "
-            "has. Restore it, or start a new run in another folder."
+            f"`data` must hold the rows of the run to resume; {', '.join(data) or PACKAGED_TASK!r} has changed, or its "
+            "tokenizer has. Restore it, or start a new run in another folder."
         )
+
+
+def stored_options(options: TrainingOptions) -> dict[str, Any]:
+    """Return the options that a run stores: all but `output` and `threads`."""
+    values = {name: value for name, value in asdict(options).items() if name not in ("output", "threads")}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 class Checkpoint(NamedTuple):
@@ -128,22 +144,68 @@ class Checkpoint(NamedTuple):
 
 def resume_refusal(output: str) -> str | None:
     """Return why there is no run to resume in the folder `output`, or None."""
-    if (Path(output) / _RUN_FILE).is_file():
+    if (Path(output) / RUN_FILE).is_file():
         return None
-    return f"`resume_run` needs the folder of an earlier run; {output!r} has no {_RUN_FILE}."
+    return f"`resume_run` needs the folder of an earlier run; {output!r} has no {RUN_FILE}."
 
 
-def last_checkpoint(folder: RunFolder) -> Checkpoint | None:
-    """Return the newest complete checkpoint, or None; an incomplete one is skipped."""
-    found = []
+def last_checkpoint(folder: RunFolder) -> tuple[Checkpoint | None, list[str]]:
+    """Return the newest checkpoint whose files are whole, or None, and why newer ones are not used."""
+    found, problems = [], []
     for path in folder.checkpoints.glob("checkpoint-*"):
+        if reason := _damage(path):
+            problems.append(f"{path.name}: {reason}")
+        else:
+            found.append(Checkpoint(json.loads((path / "trainer_state.json").read_text())["global_step"], path))
+    newest = max(found, default=None)
+    newer = [p for p in problems if newest is None or _step_of(p) > newest.step]
+    return newest, sorted(newer, key=_step_of)
+
+
+def _step_of(name: str) -> int:
+    digits = name.partition(":")[0].rpartition("-")[2]
+    return int(digits) if digits.isdigit() else -1
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """Return which file of a checkpoint is missing or not whole, or None."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        # The Trainer writes this file last.
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        if not isinstance(state["global_step"], int):
+            return "trainer_state.json names no step"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "trainer_state.json is missing or not whole"
+    weights = ("adapter_model.safetensors", "global_step*", "pytorch_model_fsdp*")
+    if not any(any(checkpoint.glob(pattern)) for pattern in weights):
+        return "the adapter is missing"
+    for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         try:
-            # The Trainer writes this file last.
-            step = json.loads((path / "trainer_state.json").read_text())["global_step"]
-        except (OSError, ValueError, KeyError):
-            continue
-        found.append(Checkpoint(step, path))
-    return max(found, default=None)
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt"):
+                    pass
+            elif file.suffix in (".pt", ".pth", ".bin"):
+                with zipfile.ZipFile(file) as archive:
+                    if archive.testzip() is not None:
+                        return f"{file.name} is damaged"
+            elif not file.stat().st_size:
+                return f"{file.name} is empty"
+        except (OSError, SafetensorError, zipfile.BadZipFile):
+            return f"{file.name} is not whole"
+    return None
+
+
+def find_best_again(checkpoint: Checkpoint) -> None:
+    """Correct the path of the best checkpoint in the Trainer's state, if the folder of the run was moved."""
+    file = checkpoint.path / "trainer_state.json"
+    state = json.loads(file.read_text())
+    best = state.get("best_model_checkpoint")
+    moved = checkpoint.path.parent / Path(best).name if best else None
+    if moved and not Path(best).is_dir() and moved.is_dir():
+        with replacing_files(checkpoint.path, last=file.name) as partial:
+            write_json(partial / file.name, state | {"best_model_checkpoint": str(moved)})
 
 
 def load_finished(trainer: Any, checkpoint: Checkpoint) -> None:
@@ -151,5 +213,7 @@ def load_finished(trainer: Any, checkpoint: Checkpoint) -> None:
     from peft import load_peft_weights, set_peft_model_state_dict
     from transformers import TrainerState
 
-    set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoint.path), device="cpu"))
     trainer.state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
+    best = trainer.state.best_model_checkpoint
+    weights = Path(best) if best and trainer.args.load_best_model_at_end else checkpoint.path
+    set_peft_model_state_dict(trainer.model, load_peft_weights(str(weights), device="cpu"))

@@ -2,32 +2,38 @@
 
     adapter_model.safetensors, adapter_config.json   the adapter
     README.md, metrics.json, loss.png                the model card, the numbers, the loss curve
+    config.yaml                                      the options, for `gralora train --config`
     run.json                                         the state of the run, for resuming
     checkpoints/checkpoint-<step>/                   checkpoints of the Trainer
+    logs/                                            what `--log-to tensorboard` writes
 
 A file appears under its name only when it is complete: a run that is killed leaves the old file or the new one.
 """
 
-import errno
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from gralora.files.atomic import discard_unfinished, replacing_files
+
+RUN_FILE = "run.json"
 
 
 class RunFolder:
     """The output folder of one run."""
 
     def __init__(self, path: str) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()
         self.checkpoints = self.path / "checkpoints"
+        self.logs = self.path / "logs"
+        self._made: list[Path] = []
 
     def new_run_refusal(self) -> str | None:
-        """Return why a new run cannot write here, or None."""
-        if not self.path.is_file() and not (self.path.is_dir() and any(self.path.iterdir())):
+        """Return why a new run cannot write here, or None. Hidden files of killed runs do not count."""
+        if not self.path.exists() or (self.path.is_dir() and not self._visible()):
             return None
         return (
             f"`output` must be a new or an empty folder; got output={str(self.path)!r}. Name another one, or "
@@ -41,6 +47,7 @@ class RunFolder:
             RuntimeError: The folder cannot be written.
         """
         try:
+            self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
             discard_unfinished(self.path)
             with replacing_files(self.path):
@@ -50,48 +57,46 @@ class RunFolder:
                 f"`output` must be a folder that can be written; got output={str(self.path)!r}: {error}"
             ) from None
 
+    def abandon(self) -> None:
+        """Remove what a run wrote that cannot be resumed: the folder is then as if the run had never begun."""
+        if (self.path / RUN_FILE).is_file():
+            return
+        for folder in (self.checkpoints, self.logs):
+            shutil.rmtree(folder, ignore_errors=True)
+        discard_unfinished(self.path)
+        with suppress(OSError):
+            for folder in self._made:
+                folder.rmdir()
+
+    def _visible(self) -> list[Path]:
+        return [entry for entry in self.path.iterdir() if not entry.name.startswith(".")]
+
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON."""
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def write_loss_curve(path: Path, losses: list[float]) -> None:
-    """Write a plot of the loss over the steps."""
+def write_loss_curve(path: Path, losses: Sequence[float], eval_losses: Sequence[tuple[int, float]] = ()) -> None:
+    """Write a plot of the training loss over the steps, and of the evaluation loss where there is one.
+
+    The axis is logarithmic where the losses span more than a factor of ten.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.plot(range(1, len(losses) + 1), losses, marker="." if len(losses) < 50 else None)
+    axes.plot(range(1, len(losses) + 1), losses, marker="." if len(losses) < 50 else None, label="training")
+    if eval_losses:
+        steps, values = zip(*eval_losses, strict=True)
+        axes.plot(steps, values, marker="o", label="evaluation")
+        axes.legend()
+    everything = [*losses, *(value for _, value in eval_losses)]
+    if min(everything) > 0 and max(everything) > 10 * min(everything):
+        axes.set_yscale("log")
     axes.set_xlabel("step")
-    axes.set_ylabel("training loss")
-    axes.grid(alpha=0.3)
+    axes.set_ylabel("loss")
+    axes.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=120)
-
-
-@contextmanager
-def explaining_full_disk(folder: Path) -> Iterator[None]:
-    """Turn the errors by which torch, safetensors and Python report a full disk into one clear error.
-
-    Raises:
-        RuntimeError: The disk is full.
-    """
-    try:
-        yield
-    except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        # safetensors keeps the system's text; torch only says that it failed to write.
-        messages = (
-            "No space left on device",
-            "os error 28",
-            "Disk quota exceeded",
-            "PytorchStreamWriter failed writing",
-        )
-        if full or any(text in str(error) for text in messages):
-            raise RuntimeError(
-                f"The disk is full: {str(folder)!r} could not be written. The files that were complete are kept. Free "
-                "some space, then continue with `resume_run`."
-            ) from error
-        raise

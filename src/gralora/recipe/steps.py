@@ -1,24 +1,22 @@
-"""The Trainer callback of a training run."""
+"""The Trainer callbacks of a training run."""
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback
 
 from gralora.recipe.progress import Reporter
+from gralora.recipe.signals import Signals
 
 
 class StepCallback(TrainerCallback):
-    """Report each step, stop at a signal, and refuse a loss that is not finite."""
+    """Report each step and each evaluation, stop at a signal, and refuse a loss that is not finite."""
 
-    def __init__(self, reporter: Reporter) -> None:
+    def __init__(self, reporter: Reporter, signals: Signals) -> None:
         self.reporter = reporter
-        self.stopping = False
+        self.signals = signals
         self.began = 0.0
         self.tokens = 0  # since the start of the process, as TRL counts them
         self.seconds = 0.0
@@ -27,43 +25,23 @@ class StepCallback(TrainerCallback):
         """Return the mean over all steps, or None without any."""
         return self.tokens / self.seconds if self.seconds else None
 
-    @contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """Let SIGINT and SIGTERM end the run after the current step; a second signal ends it at once.
-
-        Python allows signal handlers in the main thread only; in other threads this changes nothing.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        if self.stopping:
-            raise KeyboardInterrupt
-        self.stopping = True
-        self.reporter.note("stopping after this step; press Ctrl-C again to stop at once, without saving the step")
-
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start timing the step."""
         self.began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save and stop, if a signal came."""
-        if self.stopping:
+        if self.signals.stopping:
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        """Check the loss and report the step.
+        """Check the loss and report the step, or the loss of an evaluation.
 
         Raises:
             RuntimeError: The loss or the gradient norm is not finite.
         """
+        if "eval_loss" in logs:
+            self.reporter.evaluated(state.global_step, logs["eval_loss"])
         if "loss" not in logs:
             return
         for name in ("loss", "grad_norm"):
@@ -77,3 +55,17 @@ class StepCallback(TrainerCallback):
         tokens = logs["num_tokens"] - self.tokens
         self.tokens, self.seconds = logs["num_tokens"], self.seconds + seconds
         self.reporter.step(state.global_step, logs["loss"], tokens / seconds)
+
+
+class SampleCallback(TrainerCallback):
+    """Show an answer of the model every few steps."""
+
+    def __init__(self, every: int, answer: Callable[[], tuple[str, str]], reporter: Reporter) -> None:
+        self.every = every
+        self.answer = answer
+        self.reporter = reporter
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Answer the prompt, if it is time."""
+        if state.global_step % self.every == 0:
+            self.reporter.sample(state.global_step, *self.answer())

@@ -3,7 +3,8 @@
 result = train(TrainingOptions(model="folder", data="rows.jsonl", output="my-adapter"))
 """
 
-import math
+import os
+import tempfile
 import time
 from collections import Counter
 from dataclasses import asdict, replace
@@ -17,25 +18,31 @@ from gralora import pretrained
 from gralora.checks import dtype_name
 from gralora.export import rank_warning
 from gralora.files.atomic import replacing_files
+from gralora.files.disk import explaining_full_disk
 from gralora.optional import require
-from gralora.recipe import model_card, resume
-from gralora.recipe.data import EncodedRows, Row, check_prompts, encode, parse_rows, read_rows
+from gralora.recipe import hub, model_card, resume
+from gralora.recipe.data import EncodedRows, Row, check_prompts, encode, encode_prompt, parse_rows, read_rows
+from gralora.recipe.decoding import generate_ids
 from gralora.recipe.options import PACKAGED_TASK, TrainingOptions
 from gralora.recipe.progress import Reporter, RunSummary, quiet_libraries
 from gralora.recipe.result import TrainingResult
 from gralora.recipe.resume import BaseScore, RunState
-from gralora.recipe.run_folder import RunFolder, explaining_full_disk, write_json, write_loss_curve
+from gralora.recipe.run_folder import RunFolder, write_json, write_loss_curve
 from gralora.recipe.scoring import Score, score_exact_match
-from gralora.recipe.steps import StepCallback
+from gralora.recipe.signals import Signals
 from gralora.recipe.tasks import support_rows
 from gralora.tuner.layer import GraloraLayer, gralora_layers
+
+_SAMPLE_TOKENS = 64
+# Fields of a result that metrics.json has under another name, or at its end.
+_APART = ("output", "losses", "eval_losses", "before", "after")
 
 
 def train(options: TrainingOptions, reporter: Reporter | None = None) -> TrainingResult:
     """Train an adapter and write its folder; `resume_run` continues an interrupted run.
 
-    SIGINT and SIGTERM end the run after the current step and save everything; a second signal ends it at
-    once.
+    While it trains, SIGINT, SIGTERM and SIGHUP end the run after the current step and save everything; a second
+    signal ends it at once. Before the first step they end it at once, and nothing is left that cannot be resumed.
 
     Args:
         options: What to train, on which rows, and how.
@@ -46,8 +53,9 @@ def train(options: TrainingOptions, reporter: Reporter | None = None) -> Trainin
         FileNotFoundError: A file or the model does not exist.
         ImportError: A library is missing; the message has the command that installs it.
         RuntimeError: The loss is not finite, `output` cannot be written, or the disk is full.
+        KeyboardInterrupt: A signal ended the run at once.
     """
-    _require_libraries()
+    _require_libraries(options)
     folder = RunFolder(options.output)
     if reason := folder.new_run_refusal():
         raise ValueError(reason)
@@ -59,7 +67,8 @@ def resume_run(output: str, given: dict[str, Any] | None = None, reporter: Repor
 
     Args:
         output: Folder of the run.
-        given: Options by name; they must be those of the run, except `threads`.
+        given: Options by name. They must be those of the run, but for `steps` and `epochs`, which may ask for more,
+            and for `threads`, `data` (its rows must be the same), `log_to`, `sample_every` and `push_to_hub`.
         reporter: Receives progress events; silent by default.
 
     Raises:
@@ -67,33 +76,75 @@ def resume_run(output: str, given: dict[str, Any] | None = None, reporter: Repor
         FileNotFoundError: A file or the model does not exist.
         ImportError: A library is missing; the message has the command that installs it.
         RuntimeError: The loss is not finite, `output` cannot be written, or the disk is full.
+        KeyboardInterrupt: A signal ended the run at once.
     """
-    _require_libraries()
-    given = given or {}
     state = RunState.read(output)
-    if reason := state.options_refusal(given):
-        raise ValueError(reason)
-    options = state.options_for(output, given.get("threads"))
+    options = state.options_for(output, given)
+    _require_libraries(options)
     return _carry_out(options, RunFolder(output), state, reporter or Reporter())
 
 
-def _require_libraries() -> None:
+def dry_run(options: TrainingOptions, reporter: Reporter | None = None) -> RunSummary:
+    """Check everything that `train` checks, estimate the memory, and write nothing.
+
+    The model is loaded, and one batch goes through it.
+
+    Returns:
+        The facts of the run, with the estimate.
+
+    Raises:
+        ValueError: As in `train`; `FileNotFoundError`, `ImportError` and `RuntimeError` likewise.
+    """
+    from gralora.recipe.memory import estimate_memory
+
+    _require_libraries(options)
+    reporter = reporter or Reporter()
+    if reason := RunFolder(options.output).new_run_refusal():
+        raise ValueError(reason)
+    with tempfile.TemporaryDirectory() as folder, quiet_libraries(reporter):
+        run = _Run(options, RunFolder(folder), None, reporter, Signals(reporter.note))
+        run.load()
+        summary = replace(run.summary(), memory=estimate_memory(run.trainer))
+        reporter.ready(summary)
+    return summary
+
+
+def _require_libraries(options: TrainingOptions) -> None:
+    from gralora.recipe.arguments import require_trackers, trainer_refusal
+
     require("trl", "datasets", "matplotlib", extra="train")
+    require_trackers(options)
+    if reason := trainer_refusal(options):
+        raise ValueError(reason)
+    if options.push_to_hub:
+        hub.check_access(options.push_to_hub)
 
 
 def _carry_out(
     options: TrainingOptions, folder: RunFolder, state: RunState | None, reporter: Reporter
 ) -> TrainingResult:
-    started = time.perf_counter()
-    folder.prepare()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    with quiet_libraries(reporter), explaining_full_disk(folder.path):
-        return _Run(options, folder, state, reporter, started).carry_out()
+    signals = Signals(reporter.note)
+    with signals.caught(), quiet_libraries(reporter):
+        folder.prepare()
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        way_out = "Free some space, then continue with `resume_run`."
+        try:
+            with explaining_full_disk(folder.path, way_out):
+                run = _Run(options, folder, state, reporter, signals)
+                run.load()
+                return run.carry_out()
+        finally:
+            folder.abandon()
 
 
 class _Run:
     """One call of `train` or `resume_run`, and what its parts share."""
+
+    trainer: Any
+    model: Any
+    tokenizer: Any
+    state: RunState
 
     def __init__(
         self,
@@ -101,132 +152,170 @@ class _Run:
         folder: RunFolder,
         resumed: RunState | None,
         reporter: Reporter,
-        started: float,
+        signals: Signals,
     ) -> None:
         self.options = options
         self.folder = folder
+        self.resumed = resumed
         self.reporter = reporter
-        self.started = started
-        train_rows, self.eval_rows = _read_rows(options)
+        self.signals = signals
+        self.started = time.perf_counter()
+        self.checkpoint: resume.Checkpoint | None = None
+
+    def load(self) -> None:
+        """Read the rows, load the model, and make the trainer."""
+        from gralora.recipe.arguments import make_arguments
+        from gralora.recipe.steps import SampleCallback, StepCallback
+        from gralora.recipe.trainer import make_trainer
+
+        options, reporter = self.options, self.reporter
+        train_rows, validation_rows, self.eval_rows = _read_rows(options)
+        arguments = make_arguments(options, str(self.folder.checkpoints), bool(validation_rows))
         dtype = pretrained.choose_dtype(options.dtype)
         reporter.note(f"loading {options.model}")
         source = pretrained.resolve(options.model, dtype)
-        self.tokenizer = source.load_tokenizer()
-        encoded = encode(train_rows, self.tokenizer, options.max_length, options.data or PACKAGED_TASK)
-        check_prompts(self.eval_rows, self.tokenizer, options.eval or PACKAGED_TASK)
-        if encoded.earlier_answers_ignored:
-            reporter.note(
-                "note: the chat template does not mark the assistant's tokens, so only the last answer of each "
-                "conversation is learned."
-            )
-        self.state = _state(options, resumed, encoded.fingerprint())
-        self.checkpoint = resume.last_checkpoint(folder) if resumed else None
-        self.callback = StepCallback(reporter)
-        self.trainer = self._trainer(source.load_model(dtype), encoded)
-        self.model: Any = self.trainer.model
-        reporter.ready(self._summary(encoded))
+        self.tokenizer = source.load_tokenizer(options.start_from)
+        self.encoded = self._encode(train_rows, options.data)
+        self.validation = self._encode(validation_rows, options.eval_data) if validation_rows else None
+        check_prompts(self.eval_rows, self.tokenizer, ", ".join(options.eval) or PACKAGED_TASK)
+        self.sampled_row = (self.eval_rows or validation_rows or train_rows)[0]
+        self.state = self._start_or_resume()
+        model = source.load_model(
+            dtype, load_in=options.load_in, attention=options.attention, allow_missing=options.allow_missing
+        )
+        self.callback = StepCallback(reporter, self.signals)
+        callbacks: list[Any] = [self.callback]
+        if options.sample_every:
+            callbacks.append(SampleCallback(options.sample_every, self._sample, reporter))
+        if "tensorboard" in options.log_to:
+            os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder.logs)
+        self.trainer = make_trainer(options, arguments, model, self.tokenizer, self.encoded, self.validation, callbacks)
+        self.model = self.trainer.model
+        if options.start_from:
+            pretrained.fill_adapter(self.model, options.start_from)
 
     def carry_out(self) -> TrainingResult:
+        """Train, and write the adapter and what belongs to it."""
         options, reporter, trainer, checkpoint = self.options, self.reporter, self.trainer, self.checkpoint
         total = trainer.args.max_steps
-        if warning := rank_warning(options.k, options.r, options.hybrid_r):
+        if checkpoint and checkpoint.step > total:
+            raise ValueError(f"`steps` must be at least the {checkpoint.step} that the run has done; got {total}.")
+        reporter.ready(self.summary())
+        config = self.model.peft_config["default"]
+        if warning := rank_warning(config.gralora_k, config.r, config.hybrid_r):
             reporter.note(warning)
-
+        self.state.write(self.folder)
         self._score_base()
-        if checkpoint and checkpoint.step >= total:
+        if checkpoint and (checkpoint.step >= total or self._ended_early()):
             resume.load_finished(trainer, checkpoint)
         else:
-            with self.callback.interruptible():
+            if checkpoint:
+                resume.find_best_again(checkpoint)
+            with self.signals.after_the_step():
                 trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
-        before = self.state.before
-        losses = tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
-        result = TrainingResult(
-            output=options.output,
-            steps=trainer.state.global_step,
+        result = self._result(total)
+        if result.stopped_early != self.state.stopped_early:
+            self.state = replace(self.state, stopped_early=result.stopped_early)
+            self.state.write(self.folder)
+        self._write(result, adapter=True)
+        if self.state.before and not result.interrupted:
+            result = self._score_trained(result, self.state.before)
+            self._write(result, adapter=False)
+        if options.push_to_hub and not result.interrupted:
+            reporter.note(f"uploaded to {hub.upload(self.folder.path, options.push_to_hub)}")
+        return result
+
+    def summary(self) -> RunSummary:
+        """Return the facts of the run."""
+        options = self.options
+        layers = gralora_layers(self.model)
+        trainable, everything = self.model.get_nb_trainable_parameters()
+        config = self.model.peft_config["default"]
+        return RunSummary(
+            model=options.model,
+            dtype=_base_dtype(self.model, options),
+            device=str(self.trainer.args.device),
+            targets=dict(Counter(_target_name(name, layer) for name, layer in layers.items())),
+            trainable_parameters=trainable,
+            all_parameters=everything,
+            r=config.r,
+            hybrid_r=config.hybrid_r,
+            k=config.gralora_k,
+            scale=next(iter(layers.values())).scaling["default"],
+            train_rows=len(self.encoded.input_ids),
+            truncated_rows=self.encoded.truncated,
+            eval_rows=len(self.eval_rows),
+            validation_rows=len(self.validation.input_ids) if self.validation else 0,
+            steps=self.trainer.args.max_steps,
+            first_step=self.checkpoint.step if self.checkpoint else 0,
+            batch_size=options.batch_size,
+            grad_accumulation=options.grad_accumulation,
+            processes=1,
+        )
+
+    def _encode(self, rows: list[Row], source: tuple[str, ...]) -> EncodedRows:
+        options = self.options
+        return encode(rows, self.tokenizer, options.max_length, ", ".join(source) or PACKAGED_TASK)
+
+    def _start_or_resume(self) -> RunState:
+        """Return the state of a new run, or that of the run to resume, whose checkpoint is chosen."""
+        options, resumed, fingerprint = self.options, self.resumed, self.encoded.fingerprint()
+        if resumed is None:
+            return RunState.start(options, fingerprint)
+        if reason := resumed.data_refusal(options.data, fingerprint):
+            raise ValueError(reason)
+        self.checkpoint, damaged = resume.last_checkpoint(self.folder)
+        for problem in damaged:
+            self.reporter.note(f"note: {problem}; the checkpoint is not used")
+        if damaged:
+            where = f"step {self.checkpoint.step}" if self.checkpoint else "the start"
+            self.reporter.note(f"note: the run goes on from {where}")
+        state = replace(resumed, options=resume.stored_options(options))
+        self.more_steps = any(state.options[name] != resumed.options.get(name) for name in ("steps", "epochs"))
+        return state
+
+    def _ended_early(self) -> bool:
+        return self.state.stopped_early and not self.more_steps
+
+    def _result(self, total: int) -> TrainingResult:
+        state, before = self.trainer.state, self.state.before
+        log = state.log_history
+        best = state.best_global_step if self.options.keeps_best else None
+        return TrainingResult(
+            output=self.options.output,
+            steps=state.global_step,
             total_steps=total,
-            losses=losses,
+            stopped_early=state.global_step < total and not self.signals.stopping,
+            losses=tuple(entry["loss"] for entry in log if "loss" in entry),
+            eval_losses=tuple((entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry),
+            best_step=best or None,
             before=before.exact_match if before else None,
             after=None,
             example=None,
             tokens_per_second=self.callback.tokens_per_second(),
             seconds=time.perf_counter() - self.started,
         )
-        self._write(result, adapter=True)
-        if before and not result.interrupted:
-            result = self._score_trained(result, before)
-            self._write(result, adapter=False)
-        return result
 
-    def _trainer(self, model: Any, encoded: EncodedRows) -> Any:
-        from datasets import Dataset
-        from transformers import PrinterCallback
-        from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
-
-        options = self.options
-        total = options.total_steps(len(encoded.input_ids))
-        arguments = SFTConfig(
-            output_dir=str(self.folder.checkpoints),
-            max_steps=total,
-            per_device_train_batch_size=options.batch_size,
-            learning_rate=options.lr,
-            lr_scheduler_type="cosine",
-            warmup_steps=math.ceil(total / 10),
-            logging_steps=1,
-            logging_nan_inf_filter=False,
-            save_strategy="steps",
-            save_steps=max(1, min(200, math.ceil(total / 4))),
-            save_total_limit=2,
-            max_length=None,
-            bf16=False,
-            gradient_checkpointing=options.gradient_checkpointing,
-            seed=options.seed,
-            data_seed=options.seed,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            disable_tqdm=True,
-            report_to="none",
-        )
-        dataset = Dataset.from_dict({"input_ids": encoded.input_ids, "labels": encoded.labels})
-        trainer = SFTTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=dataset,
-            processing_class=self.tokenizer,
-            peft_config=options.adapter_config(),
-            callbacks=[self.callback],
-        )
-        trainer.remove_callback(PrinterCallback)
-        return trainer
-
-    def _summary(self, encoded: EncodedRows) -> RunSummary:
-        options = self.options
-        layers = gralora_layers(self.model)
-        trainable, everything = self.model.get_nb_trainable_parameters()
-        return RunSummary(
-            model=options.model,
-            dtype=dtype_name(self.model.get_base_model().dtype),
-            device=str(self.trainer.args.device),
-            targets=dict(Counter(_target_name(name, layer) for name, layer in layers.items())),
-            trainable_parameters=trainable,
-            all_parameters=everything,
-            r=options.r,
-            hybrid_r=options.hybrid_r,
-            k=options.k,
-            scale=next(iter(layers.values())).scaling["default"],
-            train_rows=len(encoded.input_ids),
-            truncated_rows=encoded.truncated,
-            eval_rows=len(self.eval_rows),
-            steps=self.trainer.args.max_steps,
-            first_step=self.checkpoint.step if self.checkpoint else 0,
-            batch_size=options.batch_size,
-        )
+    def _sample(self) -> tuple[str, str]:
+        """Return the prompt of a row and the model's answer to it."""
+        row = self.sampled_row
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.random.fork_rng():
+                prompt = encode_prompt(row.prompt, row.is_plain, self.tokenizer)
+                ids = generate_ids(self.model, self.tokenizer, [prompt], _SAMPLE_TOKENS, do_sample=False)
+        finally:
+            self.model.train(was_training)
+        return row.prompt[-1]["content"], self.tokenizer.decode(ids[0], skip_special_tokens=True)
 
     def _score_base(self) -> None:
-        """Measure the score before training, once per run, and store the state of the run."""
+        """Measure the score before training, once per run."""
         if self.eval_rows and self.state.before is None:
             with self.model.disable_adapter():
                 score = self._score("before")
             self.state = replace(self.state, before=BaseScore(score.exact_match, score.answers[0]))
-        self.state.write(self.folder)
+            self.state.write(self.folder)
 
     def _score_trained(self, result: TrainingResult, before: BaseScore) -> TrainingResult:
         after = self._score("after")
@@ -253,7 +342,7 @@ class _Run:
 
     def _write(self, result: TrainingResult, adapter: bool) -> None:
         metrics = {
-            **{k: v for k, v in asdict(result).items() if k not in ("output", "losses", "before", "after")},
+            **{name: value for name, value in asdict(result).items() if name not in _APART},
             "finished": not result.interrupted,
             "exact_match_before": result.before,
             "exact_match_after": result.after,
@@ -261,19 +350,21 @@ class _Run:
             "threads": torch.get_num_threads(),
             "versions": {name: version(name) for name in ("gralora", "torch", "transformers", "peft", "trl")},
             "losses": result.losses,
+            "eval_losses": result.eval_losses,
         }
         with replacing_files(self.folder.path) as partial:
             if adapter:
                 self._save_adapter(partial)
             write_json(partial / "metrics.json", metrics)
             if result.losses:
-                write_loss_curve(partial / "loss.png", list(result.losses))
-            (partial / "README.md").write_text(model_card.render(self.options, result))
+                write_loss_curve(partial / "loss.png", result.losses, result.eval_losses)
+            card = model_card.render(self.options, self.model.peft_config["default"], result)
+            (partial / "README.md").write_text(card)
 
     def _save_adapter(self, path: Path) -> None:
         config = self.model.peft_config["default"]
         loaded_from = config.base_model_name_or_path
-        config.base_model_name_or_path = self.options.model
+        config.base_model_name_or_path = pretrained.stored_name(self.options.model)
         try:
             # Embeddings are never resized here; to find that out, PEFT would ask the hub for the base model.
             self.model.save_pretrained(path, save_embedding_layers=False)
@@ -281,23 +372,23 @@ class _Run:
             config.base_model_name_or_path = loaded_from
 
 
-def _state(options: TrainingOptions, resumed: RunState | None, data_sha256: str) -> RunState:
-    if resumed is None:
-        return RunState.start(options, data_sha256)
-    if reason := resumed.data_refusal(options.data, data_sha256):
-        raise ValueError(reason)
-    return resumed
+def _read_rows(options: TrainingOptions) -> tuple[list[Row], list[Row], list[Row]]:
+    """Return the rows to train on, those for the evaluation loss, and those to score."""
+    if not options.data:
+        train_rows, eval_rows = (_packaged_rows(split) for split in ("train", "eval"))
+        return train_rows, eval_rows, eval_rows
+    train_rows = read_rows(options.data[0])
+    validation = read_rows(options.eval_data[0], "eval_data") if options.eval_data else []
+    return train_rows, validation, read_rows(options.eval[0], "eval") if options.eval else []
 
 
-def _read_rows(options: TrainingOptions) -> tuple[list[Row], list[Row]]:
-    if options.data is None:
-        packaged = {
-            split: [(f"row {i}", row) for i, row in enumerate(support_rows(split))] for split in ("train", "eval")
-        }
-        train_rows, eval_rows = (parse_rows(packaged[split], PACKAGED_TASK) for split in ("train", "eval"))
-    else:
-        train_rows, eval_rows = read_rows(options.data), []
-    return train_rows, read_rows(options.eval, "eval") if options.eval else eval_rows
+def _packaged_rows(split: str) -> list[Row]:
+    return parse_rows(((f"row {i}", row) for i, row in enumerate(support_rows(split))), PACKAGED_TASK)
+
+
+def _base_dtype(model: Any, options: TrainingOptions) -> str:
+    dtype = dtype_name(model.get_base_model().dtype)
+    return f"{options.load_in}, {dtype}" if options.load_in else dtype
 
 
 def _target_name(name: str, layer: GraloraLayer) -> str:
