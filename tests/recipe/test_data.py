@@ -23,15 +23,20 @@ def rows_of(*items):
         ('{"prompt": "a", ', "line 2 is not valid JSON"),
         ('{"prompt": "a"}', "line 2 has no `completion`"),
         ('{"completion": "a"}', "line 2 has no `prompt`"),
-        ('{"text": "a"}', "line 2 has neither `messages` nor `prompt` and `completion` (its fields: 'text')"),
+        (
+            '{"id": "a"}',
+            "line 2 has none of `messages`, `conversations`, `prompt`/`completion`, `instruction`/`output`",
+        ),
+        ('{"id": "a"}', "and `text` (its fields: 'id')"),
+        ('{"instruction": "a"}', "line 2 has no `output`"),
         ("{}", "its fields: none"),
         ("[1]", "line 2 is an array, not a JSON object"),
         ("[]", "line 2 is an empty array, not a JSON object"),
         ('"a"', "line 2 is a string, not a JSON object"),
         ('{"prompt": 1, "completion": "b"}', "got a number and a string"),
-        ('{"prompt": "a", "completion": null}', "got a string and null"),
+        ('{"prompt": "a", "completion": null}', "line 2 has no `completion`"),
         ('{"prompt": "a", "completion": " "}', "line 2 has an empty `completion`"),
-        ('{"messages": [], "prompt": "a"}', "line 2 has `messages` and `prompt`/`completion`"),
+        ('{"messages": [], "prompt": "a", "completion": "b"}', "line 2 has `messages` and `prompt`/`completion`"),
         ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}', "use one format"),
         ('{"messages": []}', "must have a list of messages in `messages`; got an empty array"),
         ('{"messages": "a"}', "must have a list of messages in `messages`; got a string"),
@@ -42,7 +47,7 @@ def rows_of(*items):
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "line 2 has one message"),
         (
             '{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "user", "content": "a"}]}',
-            "one message",
+            "line 2 begins `completion` with role 'user'",
         ),
         ("[" * 100_000, "nested too deeply"),
     ],
@@ -79,7 +84,7 @@ def test_an_empty_file_is_an_error(tmp_path, content):
 def test_a_missing_file_is_an_error():
     with pytest.raises(FileNotFoundError, match=r"no file 'nowhere.jsonl'"):
         read_rows("nowhere.jsonl")
-    with pytest.raises(FileNotFoundError, match="`eval` must be a JSONL file"):
+    with pytest.raises(FileNotFoundError, match="`eval` must be a file"):
         read_rows("nowhere.jsonl", "eval")
 
 
@@ -98,7 +103,7 @@ def test_a_folder_is_read_as_a_dataset(tmp_path, monkeypatch):
 
 
 def test_a_name_that_is_neither_a_file_nor_a_dataset_is_said():
-    with pytest.raises(ValueError, match=r"'nobody/nothing' is not a file, and loading it as a dataset failed"):
+    with pytest.raises(ValueError, match=r"got 'nobody/nothing': it is not a file, and fails to load as a dataset: "):
         read_rows("nobody/nothing")
 
 
@@ -121,16 +126,14 @@ def test_only_the_answer_is_learned_and_it_follows_the_prompt_that_generation_us
     assert tokenizer.decode(ids[len(prompt) :]).strip() == "one<|im_end|>"
 
 
-def test_all_answers_are_learned_where_the_template_marks_them():
+def test_all_answers_are_learned_with_and_without_marks():
     conversation = messages(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
     rows = rows_of({"messages": conversation})
-    marked, last = make_tokenizer(MARKED_TEMPLATE), make_tokenizer()
-    encoded = encode(rows, marked, 200, "rows")
-    assert marked.decode([i for i in encoded.labels[0] if i != IGNORED]) == "b<|im_end|>d<|im_end|>"
-    assert not encoded.earlier_answers_ignored
-    encoded = encode(rows, last, 200, "rows")
-    assert last.decode([i for i in encoded.labels[0] if i != IGNORED]) == "d<|im_end|>\n"
-    assert encoded.earlier_answers_ignored
+    marked, unmarked = make_tokenizer(MARKED_TEMPLATE), make_tokenizer()
+    for tokenizer, expected in ((marked, "b<|im_end|>d<|im_end|>"), (unmarked, "b<|im_end|>\nd<|im_end|>\n")):
+        encoded = encode(rows, tokenizer, 200, "rows")
+        assert tokenizer.decode([i for i in encoded.labels[0] if i != IGNORED]) == expected
+        assert encoded.notes == ()
 
 
 def test_an_answer_that_the_template_does_not_end_gets_an_end():

@@ -48,7 +48,7 @@ def score_exact_match(
         batch_size: Number of rows generated at once.
         on_rows_done: Called with the number of rows done so far.
     """
-    prompts = [encode_prompt(row.prompt, row.is_plain, tokenizer) for row in rows]
+    prompts = [encode_prompt(row.prompt, row.is_plain, tokenizer, row.tools) for row in rows]
     references = [tokenizer(row.completion, add_special_tokens=False)["input_ids"] for row in rows]
     limit = max(map(len, references)) + _SLACK
     by_length = sorted(range(len(rows)), key=lambda index: len(prompts[index]))

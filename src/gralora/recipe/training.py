@@ -7,6 +7,7 @@ import os
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +22,17 @@ from gralora.files.atomic import replacing_files
 from gralora.files.disk import explaining_full_disk
 from gralora.optional import require
 from gralora.recipe import hub, model_card, resume
-from gralora.recipe.data import EncodedRows, Row, check_prompts, encode, encode_prompt, parse_rows, read_rows
+from gralora.recipe.data import (
+    EncodedRows,
+    Row,
+    Rows,
+    check_prompts,
+    encode,
+    encode_prompt,
+    parse_rows,
+    read_rows,
+    split_rows,
+)
 from gralora.recipe.decoding import generate_ids
 from gralora.recipe.options import PACKAGED_TASK, TrainingOptions
 from gralora.recipe.progress import Reporter, RunSummary, quiet_libraries
@@ -169,7 +180,7 @@ class _Run:
         from gralora.recipe.trainer import make_trainer
 
         options, reporter = self.options, self.reporter
-        train_rows, validation_rows, self.eval_rows = _read_rows(options)
+        train_rows, validation_rows, self.eval_rows = self._read_rows()
         arguments = make_arguments(options, str(self.folder.checkpoints), bool(validation_rows))
         dtype = pretrained.choose_dtype(options.dtype)
         reporter.note(f"loading {options.model}")
@@ -177,7 +188,7 @@ class _Run:
         self.tokenizer = source.load_tokenizer(options.start_from)
         self.encoded = self._encode(train_rows, options.data)
         self.validation = self._encode(validation_rows, options.eval_data) if validation_rows else None
-        check_prompts(self.eval_rows, self.tokenizer, ", ".join(options.eval) or PACKAGED_TASK)
+        check_prompts(self.eval_rows, self.tokenizer, options.eval or PACKAGED_TASK)
         self.sampled_row = (self.eval_rows or validation_rows or train_rows)[0]
         self.state = self._start_or_resume()
         model = source.load_model(
@@ -253,9 +264,32 @@ class _Run:
             processes=1,
         )
 
-    def _encode(self, rows: list[Row], source: tuple[str, ...]) -> EncodedRows:
+    def _read_rows(self) -> tuple[Sequence[Row], Sequence[Row], Sequence[Row]]:
+        """Return the rows to train on, those for the evaluation loss, and those to score."""
         options = self.options
-        return encode(rows, self.tokenizer, options.max_length, ", ".join(source) or PACKAGED_TASK)
+        if not options.data:
+            train_rows, eval_rows = (_packaged_rows(split) for split in ("train", "eval"))
+            validation_rows: Sequence[Row] = eval_rows
+        else:
+            train_rows = self._read(options.data, "data")
+            validation_rows = self._read(options.eval_data, "eval_data")
+            eval_rows = self._read(options.eval, "eval")
+        if options.validation_share is not None:
+            train_rows, validation_rows = split_rows(train_rows, options.validation_share, options.seed)
+        return train_rows, validation_rows, eval_rows
+
+    def _read(self, sources: tuple[str, ...], option: str) -> Rows:
+        rows = read_rows(sources, option) if sources else Rows(())
+        for note in rows.notes:
+            self.reporter.note(f"note: {note}")
+        return rows
+
+    def _encode(self, rows: Sequence[Row], source: tuple[str, ...]) -> EncodedRows:
+        options = self.options
+        encoded = encode(rows, self.tokenizer, options.max_length, source or PACKAGED_TASK, options.train_on)
+        for note in encoded.notes:
+            self.reporter.note(f"note: {note}")
+        return encoded
 
     def _start_or_resume(self) -> RunState:
         """Return the state of a new run, or that of the run to resume, whose checkpoint is chosen."""
@@ -372,17 +406,7 @@ class _Run:
             config.base_model_name_or_path = loaded_from
 
 
-def _read_rows(options: TrainingOptions) -> tuple[list[Row], list[Row], list[Row]]:
-    """Return the rows to train on, those for the evaluation loss, and those to score."""
-    if not options.data:
-        train_rows, eval_rows = (_packaged_rows(split) for split in ("train", "eval"))
-        return train_rows, eval_rows, eval_rows
-    train_rows = read_rows(options.data[0])
-    validation = read_rows(options.eval_data[0], "eval_data") if options.eval_data else []
-    return train_rows, validation, read_rows(options.eval[0], "eval") if options.eval else []
-
-
-def _packaged_rows(split: str) -> list[Row]:
+def _packaged_rows(split: str) -> Rows:
     return parse_rows(((f"row {i}", row) for i, row in enumerate(support_rows(split))), PACKAGED_TASK)
 
 
