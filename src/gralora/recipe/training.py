@@ -189,7 +189,7 @@ class _Run:
         self.encoded = self._encode(train_rows, options.data)
         self.validation = self._encode(validation_rows, options.eval_data) if validation_rows else None
         check_prompts(self.eval_rows, self.tokenizer, options.eval or PACKAGED_TASK)
-        self.sampled_row = (self.eval_rows or validation_rows or train_rows)[0]
+        self.sampled_row = self._row_to_sample(self.eval_rows or validation_rows or train_rows)
         self.state = self._start_or_resume()
         model = source.load_model(
             dtype, load_in=options.load_in, attention=options.attention, allow_missing=options.allow_missing
@@ -330,14 +330,20 @@ class _Run:
             seconds=time.perf_counter() - self.started,
         )
 
+    def _row_to_sample(self, rows: Sequence[Row]) -> Row | None:
+        row = next((row for row in rows if not row.is_text), None)
+        if self.options.sample_every and row is None:
+            raise ValueError("`sample_every` needs rows with an answer; these are plain text.")
+        return row
+
     def _sample(self) -> tuple[str, str]:
         """Return the prompt of a row and the model's answer to it."""
-        row = self.sampled_row
+        row: Any = self.sampled_row
         was_training = self.model.training
         self.model.eval()
         try:
             with torch.random.fork_rng():
-                prompt = encode_prompt(row.prompt, row.is_plain, self.tokenizer)
+                prompt = encode_prompt(row.prompt, row.is_plain, self.tokenizer, row.tools)
                 ids = generate_ids(self.model, self.tokenizer, [prompt], _SAMPLE_TOKENS, do_sample=False)
         finally:
             self.model.train(was_training)
