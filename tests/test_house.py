@@ -9,6 +9,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "gralora"
 # A room imports only rooms to the right of it. Rooms in one entry do not import each other.
 ORDER = [
+    {"__main__"},
     {"cli"},
     {"__init__"},
     {"deferred"},
