@@ -52,7 +52,7 @@ def build_command() -> Any:
     """Return the click command of `gralora`, with one subcommand for each verb."""
     import typer
 
-    from gralora.cli import export, generate, import_, inspect, merge, train
+    from gralora.cli import chat, export, generate, import_, inspect, merge, train
     from gralora.cli.options import Verb, option, with_verbose
 
     app = typer.Typer(
@@ -73,6 +73,7 @@ def build_command() -> Any:
     for name, verb in {
         "train": train.train,
         "generate": generate.generate,
+        "chat": chat.chat,
         "merge": merge.merge,
         "export": export.export,
         "import": import_.import_,

@@ -1,5 +1,7 @@
 """Generating tokens: what scoring and answering share."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,8 +41,27 @@ def generate_ids(
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens, eos_token_id=sorted(stops) or None, pad_token_id=padding, **sampling
     )
-    with torch.no_grad():
+    with torch.no_grad(), _without_router_losses(model):
         output = model.generate(
             input_ids=ids, attention_mask=mask, generation_config=settings, streamer=streamer, use_cache=True
         )
     return output[:, longest:]
+
+
+@contextmanager
+def _without_router_losses(model: Any) -> Iterator[None]:
+    """Keep a mixture of experts from computing its load-balancing loss.
+
+    Training turns it on in the config, and it fails on the few tokens of a step of generation, for which the mask of
+    all tokens is too long.
+    """
+    config = getattr(model, "config", None)
+    configs = {} if config is None else {id(c): c for c in (config, config.get_text_config())}
+    asking = [c for c in configs.values() if getattr(c, "output_router_logits", False)]
+    for c in asking:
+        c.output_router_logits = False
+    try:
+        yield
+    finally:
+        for c in asking:
+            c.output_router_logits = True
