@@ -1,11 +1,13 @@
 """Training a mixture of experts."""
 
 import pytest
+from mixtures import MODELS
 from peft import PeftModel
 from runs import Recorder, adapter_bytes, interrupt
-from tiny_language_model import save_mixture
+from tiny_language_model import save_mixture, save_model
 from transformers import AutoModelForCausalLM
 
+from gralora.recipe.scoring import score_exact_match
 from gralora.recipe.training import resume_run, train
 from gralora.tuner.layer import gralora_layers
 
@@ -46,3 +48,25 @@ def test_an_interrupted_run_ends_as_an_unbroken_one_bit_for_bit(options, mixture
     whole = resume_run(str(tmp_path / "out"))
     assert whole.losses == unbroken.losses
     assert adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_a_run_with_router_losses_scores_before_and_after(name, options, rows_file, tmp_path, monkeypatch):
+    model = save_model(tmp_path / "base", AutoModelForCausalLM.from_config(mixture_config(name)))
+    seen = []
+
+    def score(model, *arguments, **further):
+        seen.append(model.config.output_router_logits)
+        return score_exact_match(model, *arguments, **further)
+
+    monkeypatch.setattr("gralora.recipe.training.score_exact_match", score)
+    result = train(options(model=model, steps=1, eval=rows_file))
+    assert (result.before, result.after) == (0, 0)
+    assert seen == [True, True]
+
+
+def mixture_config(name):
+    config = MODELS[name]()
+    # The default of both models, with which TRL turns the loss on.
+    assert config.router_aux_loss_coef > 0
+    return type(config)(**(config.to_dict() | {"vocab_size": 259, "max_position_embeddings": 512}))
