@@ -13,7 +13,7 @@ class Recorder(Reporter):
     """Keeps the events of a run, and calls `do` at step `at_step`."""
 
     def __init__(self, at_step=None, do=lambda: None):
-        self.notes, self.summary, self.scores = [], None, []
+        self.notes, self.summary, self.scores, self.evaluations, self.samples = [], None, [], [], []
         self.at_step, self.do = at_step, do
 
     def note(self, text):
@@ -21,6 +21,12 @@ class Recorder(Reporter):
 
     def ready(self, summary):
         self.summary = summary
+
+    def evaluated(self, step, loss):
+        self.evaluations.append((step, loss))
+
+    def sample(self, step, prompt, answer):
+        self.samples.append((step, prompt, answer))
 
     def scoring(self, what, done, rows):
         self.scores.append((what, done, rows))

@@ -161,7 +161,7 @@ def make_arguments(options: TrainingOptions, folder: str, has_validation: bool) 
     }
     try:
         return SFTConfig(**settings)
-    except (TypeError, ValueError, ImportError) as error:
+    except (TypeError, ValueError, ImportError, OSError) as error:
         raise ValueError(f"`trainer` and the options must suit transformers; it refuses them: {error}") from error
 
 

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import EarlyStoppingCallback, PrinterCallback
 from trl import SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
@@ -14,7 +15,7 @@ from gralora.recipe.options import TrainingOptions
 
 
 class RowsTrainer(SFTTrainer):
-    """SFTTrainer whose first step moves, and whose adapter is float32 over a quantised base too."""
+    """SFTTrainer whose first step moves, and whose evaluations leave the training as it is."""
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Return the schedule of transformers without its first value, which is 0 where there is a warm-up."""
@@ -26,6 +27,11 @@ class RowsTrainer(SFTTrainer):
                 warnings.simplefilter("ignore", UserWarning)  # no step of the optimizer came before
                 scheduler.step()
         return scheduler
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Measure the loss without taking random numbers away from training."""
+        with torch.random.fork_rng():
+            return super().evaluate(*args, **kwargs)
 
 
 def make_trainer(

@@ -1,0 +1,64 @@
+import pytest
+from runs import Recorder
+
+from gralora.recipe.arguments import make_arguments, set_length, trainer_refusal
+from gralora.recipe.options import TrainingOptions
+from gralora.recipe.training import train
+
+pytest_plugins = ["run_fixtures"]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_grad_nrom": 1}, "got 'max_grad_nrom'. Nearest: 'max_grad_norm'."),
+        ({"learning_rat": 1}, "Nearest: 'learning_rate', for which there is `lr`."),
+        ({"output_dir": "x"}, "got 'output_dir'. Use `output`."),
+        ({"per_device_train_batch_size": 2}, "Use `batch_size`."),
+        ({"logging_steps": 5}, "got 'logging_steps': the loss of every step is logged."),
+        ({"zzz": 1}, "got 'zzz'. TRL documents them."),
+    ],
+)
+def test_a_field_that_is_unknown_or_ours_is_refused_with_the_way_out(fields, message):
+    assert message in trainer_refusal(TrainingOptions(trainer=fields))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scheduler": "cosin"}, "got scheduler='cosin'. Nearest: 'cosine'."),
+        ({"optimizer": "adam"}, "got optimizer='adam'."),
+    ],
+)
+def test_a_schedule_or_optimizer_that_transformers_lacks_is_refused(changes, message):
+    assert message in trainer_refusal(TrainingOptions(**changes))
+
+
+def test_every_other_field_reaches_the_trainer(tmp_path):
+    fields = {"max_grad_norm": 0.5, "adam_beta2": "0.95", "neftune_noise_alpha": 5, "dataloader_num_workers": 1}
+    arguments = make_arguments(TrainingOptions(trainer=fields), str(tmp_path), has_validation=False)
+    assert (arguments.max_grad_norm, arguments.adam_beta2) == (0.5, 0.95)
+    assert (arguments.neftune_noise_alpha, arguments.dataloader_num_workers) == (5, 1)
+
+
+def test_a_value_that_transformers_refuses_is_one_line(options):
+    with pytest.raises(ValueError, match=r"`trainer` and the options must suit transformers; it refuses them: .*0to1"):
+        train(options(trainer={"torch_compile_mode": "fast", "accelerator_config": "0to1.json"}))
+
+
+def test_the_length_of_a_run_decides_about_warmup_evaluations_and_checkpoints(tmp_path):
+    options = TrainingOptions(validation_share=0.1)
+    arguments = make_arguments(options, str(tmp_path), has_validation=True)
+    set_length(arguments, options, 40)
+    assert (arguments.max_steps, arguments.warmup_steps, arguments.eval_steps, arguments.save_steps) == (40, 4, 4, 10)
+    options = TrainingOptions(validation_share=0.1, keep_best=True, eval_steps=3)
+    arguments = make_arguments(options, str(tmp_path), has_validation=True)
+    set_length(arguments, options, 40)
+    assert (arguments.eval_steps, arguments.save_steps, arguments.load_best_model_at_end) == (3, 3, True)
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr("gralora.optional.importlib.util.find_spec", lambda name: None if name == "wandb" else True)
+    with pytest.raises(ImportError, match=r"wandb must be installed for this"):
+        train(TrainingOptions(log_to="wandb", model="./nowhere"), Recorder())
