@@ -89,6 +89,54 @@ def test_resuming_takes_the_options_of_the_run_and_no_others(options, tmp_path):
         resume_run(str(tmp_path / "elsewhere"))
 
 
+def test_a_finished_run_takes_more_steps(options, unbroken, tmp_path):
+    short = train(options(steps=4, scheduler="constant", warmup=0))
+    more = resume_run(str(tmp_path / "out"), {"steps": 8})
+    whole = train(options(output=str(tmp_path / "whole"), scheduler="constant", warmup=0))
+    assert more.steps == 8
+    assert more.losses[:4] == short.losses
+    assert more.losses == whole.losses
+    assert adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "whole")
+    assert RunState.read(str(tmp_path / "out")).options["steps"] == 8
+
+
+def test_more_passes_replace_a_number_of_steps(options, tmp_path):
+    train(options(steps=5))
+    assert resume_run(str(tmp_path / "out"), {"epochs": 2.0}).steps == 10
+
+
+def test_fewer_steps_than_are_done_are_refused(options, tmp_path):
+    train(options(steps=4))
+    before = contents(tmp_path / "out")
+    with pytest.raises(ValueError, match="`steps` must be at least the 4 that the run has done; got 2"):
+        resume_run(str(tmp_path / "out"), {"steps": 2})
+    assert contents(tmp_path / "out") == before
+
+
+def test_the_same_rows_may_lie_elsewhere(options, unbroken, tmp_path):
+    """As those from standard input or from a substituted process do."""
+    data = tmp_path / "rows.jsonl"
+    write_rows(data)
+    train(options(data=str(data)), Recorder(3, interrupt))
+    moved = data.rename(tmp_path / "moved.jsonl")
+    with pytest.raises(FileNotFoundError):
+        resume_run(str(tmp_path / "out"))
+    assert resume_run(str(tmp_path / "out"), {"data": str(moved)}).losses == unbroken[0].losses
+
+
+def test_a_run_is_resumed_from_another_folder(options, unbroken, tmp_path, monkeypatch):
+    for name, source in (("model", Path(options().model)), ("rows.jsonl", Path(options().data[0]))):
+        (tmp_path / name).symlink_to(source)
+    monkeypatch.chdir(tmp_path)
+    relative = {"model": "model", "data": "rows.jsonl", "output": "out"}
+    train(options(**relative), Recorder(3, interrupt))
+    monkeypatch.chdir("/")
+    result = resume_run(str(tmp_path / "out"), {"model": str(tmp_path / "model")})
+    assert result.losses == unbroken[0].losses
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "model")
+
+
 def test_resuming_on_other_rows_is_refused(options, tmp_path):
     data = tmp_path / "rows.jsonl"
     write_rows(data)

@@ -14,8 +14,9 @@ steps are asked for.
 """
 
 import json
+import os
 import zipfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ import torch
 
 from gralora.checks import is_number, require_integer, require_text
 from gralora.files.atomic import replacing_files
+from gralora.pretrained import stored_name
 from gralora.recipe.options import PACKAGED_TASK, TrainingOptions
 from gralora.recipe.options_file import overlay, to_yaml
 from gralora.recipe.run_folder import RUN_FILE, RunFolder, write_json
@@ -110,7 +112,7 @@ class RunState:
         run = TrainingOptions(**self.options, output=output, threads=self.threads)
         if not given:
             return run
-        wanted = TrainingOptions(**overlay({**self.options, "threads": self.threads}, given), output=output)
+        wanted = located(TrainingOptions(**overlay({**self.options, "threads": self.threads}, given), output=output))
         for name in given:
             if name not in _FREE and getattr(wanted, name) != getattr(run, name):
                 raise ValueError(
@@ -129,9 +131,23 @@ class RunState:
         )
 
 
+def located(options: TrainingOptions) -> TrainingOptions:
+    """Return `options` with absolute paths, which hold in any working directory, for files and folders here."""
+    several = {name: tuple(map(_located, getattr(options, name))) for name in ("data", "eval", "eval_data")}
+    start_from = options.start_from and _located(options.start_from)
+    return replace(options, model=stored_name(options.model), start_from=start_from, **several)
+
+
+def _located(source: str) -> str:
+    path, colon, split = source.partition(":")
+    if os.path.exists(source):
+        return os.path.abspath(source)
+    return f"{os.path.abspath(path)}{colon}{split}" if colon and os.path.exists(path) else source
+
+
 def stored_options(options: TrainingOptions) -> dict[str, Any]:
-    """Return the options that a run stores: all but `output` and `threads`."""
-    values = {name: value for name, value in asdict(options).items() if name not in ("output", "threads")}
+    """Return the options that a run stores: all but `output` and `threads`, with absolute paths."""
+    values = {name: value for name, value in asdict(located(options)).items() if name not in ("output", "threads")}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
