@@ -1,8 +1,7 @@
 import pytest
 
 from gralora.recipe.options import TrainingOptions
-from gralora.recipe.options_file import option_types, read_options_file, to_yaml
-from gralora.recipe.resume import stored_options
+from gralora.recipe.options_file import option_types, read_options_file
 from gralora.recipe.training import train
 
 pytest_plugins = ["run_fixtures"]
@@ -65,4 +64,3 @@ def test_the_file_that_a_run_writes_makes_the_same_run(options, tmp_path):
     train(first)
     read = read_options_file(str(tmp_path / "out" / "config.yaml"))
     assert TrainingOptions(**read, output=first.output) == first
-    assert to_yaml(stored_options(TrainingOptions(**read))) == (tmp_path / "out" / "config.yaml").read_text()

@@ -165,7 +165,7 @@ class ConsoleReporter(Reporter):
         left = self._pace.left(name, done, total)
         if not self.console.is_terminal:
             due = time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES
-            if due or done == total:
+            if due or done == total or self._pace.just_began:
                 self._last_line = time.monotonic()
                 self.note(f"{name} {done}/{total}  {text}{left}".rstrip())
             return
@@ -197,13 +197,15 @@ class _Pace:
     """Estimates the time left from the mean pace so far."""
 
     def __init__(self) -> None:
+        self.just_began = False
         self._name = ""
         self._first = (0, 0.0)
 
     def left(self, name: str, done: int, total: int) -> str:
         """Return the time left as text, empty before the second event of `name` and at the end."""
         now = time.monotonic()
-        if name != self._name:
+        self.just_began = name != self._name
+        if self.just_began:
             self._name, self._first = name, (done, now)
         first, began = self._first
         if done <= first or done >= total:

@@ -139,7 +139,7 @@ def _carry_out(
         folder.prepare()
         if options.threads:
             torch.set_num_threads(options.threads)
-        way_out = "Free some space, then continue with `resume_run`."
+        way_out = "Free some space, then continue with `resume_run`, or start again."
         try:
             with explaining_full_disk(folder.path, way_out):
                 run = _Run(options, folder, state, reporter, signals)
