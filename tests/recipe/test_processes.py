@@ -13,11 +13,14 @@ from gralora.recipe.processes import Processes
 SCRIPT = f"""
 import json, os, runpy, sys
 
-if len(sys.argv) > 2 and sys.argv[2] == "restart" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    sys.exit(7)
 module = runpy.run_path({processes.__file__!r})
 processes, StoppedTogetherError = module["Processes"](), module["StoppedTogetherError"]
 rank = processes.rank
+if not processes.restarted:
+    with open(f"{{sys.argv[1]}}/launch-{{rank}}", "w") as file:
+        file.write(processes.launch)
+    processes.barrier()
+    sys.exit(7)
 
 
 def outcome(action):
@@ -37,7 +40,8 @@ def fails_in(*ranks):
 
 calls = []
 seen = {{
-    "facts": [processes.count, processes.is_main, processes.restarted],
+    "facts": [processes.count, processes.is_main, processes.restarted, processes.kind, processes.share_model],
+    "launch": processes.launch,
     "any": [processes.any(flag) for flag in (False, rank == 0, rank == 1, True)],
     "from main": outcome(lambda: processes.from_main(lambda: calls.append(1) or {{"rank": rank}})),
     "from main, calls": len(calls),
@@ -60,22 +64,29 @@ processes.close()
 """
 
 
-def run(folder, *arguments, options=()):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def seen(folder):
+    """What each of two processes saw, which torchrun had started a second time."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     (folder / "script.py").write_text(SCRIPT)
-    done = subprocess.run([*launch, folder / "script.py", folder, *arguments], capture_output=True, text=True)
+    command = [*launch, "--max-restarts", "1", folder / "script.py", folder]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory):
-    """What each of the two processes saw; both were started a second time."""
-    return run(tmp_path_factory.mktemp("two"), "restart", options=["--max-restarts", "1"])
-
-
-def test_facts(seen):
-    assert [process["facts"] for process in seen] == [[2, True, True], [2, False, True]]
+def test_facts(seen, folder):
+    assert [process["facts"] for process in seen] == [
+        [2, True, True, "DDP", False],
+        [2, False, True, "DDP", False],
+    ]
+    launches = {process["launch"] for process in seen} | {(folder / f"launch-{rank}").read_text() for rank in (0, 1)}
+    assert len(launches) == 1
 
 
 def test_any_is_true_everywhere_if_it_is_anywhere(seen):
@@ -117,10 +128,11 @@ def fails():
 
 
 def test_one_process_needs_no_agreement(monkeypatch):
-    for name in ("WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"):
+    for name in ("WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     alone = Processes()
     assert (alone.count, alone.rank, alone.is_main, alone.restarted) == (1, 0, True, False)
+    assert (alone.kind, alone.share_model, alone.launch) == ("one process", False, None)
     assert [alone.any(False), alone.any(True)] == [False, True]
     assert alone.from_main(lambda: 3) == alone.together(lambda: 3) == alone.one_per_node_first(lambda: 3) == 3
     assert alone.gathered((1, 2)) == [1, 2]
@@ -139,3 +151,22 @@ def test_one_process_loads_neither_accelerate_nor_torch():
     environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
     assert said.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("version", [None, "1"])
+def test_the_first_version_of_fsdp_is_refused_with_the_way_out(version, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.delenv("FSDP_VERSION", raising=False)
+    if version:
+        monkeypatch.setenv("FSDP_VERSION", version)
+    with pytest.raises(ValueError, match=r"got fsdp_version=1\. Write `fsdp_version: 2` under `fsdp_config`"):
+        Processes()
+
+
+def test_deepspeed_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install deepspeed"):
+        Processes()

@@ -15,6 +15,7 @@ def generate_ids(
     prompts: list[list[int]],
     max_new_tokens: int,
     streamer: Any = None,
+    in_step: bool = False,
     **sampling: Any,
 ) -> torch.Tensor:
     """Return the tokens that the model adds to each prompt, padded at the end.
@@ -27,6 +28,7 @@ def generate_ids(
         prompts: Tokens of each prompt.
         max_new_tokens: Maximum length of an answer.
         streamer: Receives the tokens one by one; a transformers streamer takes a single prompt.
+        in_step: Whether several processes share one model, so that none may stop before the others.
         **sampling: Fields of transformers' `GenerationConfig`.
     """
     from transformers import GenerationConfig
@@ -39,11 +41,19 @@ def generate_ids(
     known = getattr(model.generation_config, "eos_token_id", None)
     stops = {*([known] if isinstance(known, int) else known or ()), *template_stop_ids(tokenizer)}
     settings = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=sorted(stops) or None, pad_token_id=padding, **sampling
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(stops) or None,
+        pad_token_id=padding,
+        use_cache=True,
+        **sampling,
     )
     with torch.no_grad(), _without_router_losses(model):
         output = model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=settings, streamer=streamer, use_cache=True
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=settings,
+            streamer=streamer,
+            synced_gpus=in_step,
         )
     return output[:, longest:]
 

@@ -4,7 +4,9 @@ torchrun and accelerate's launcher start the same command several times. acceler
 about the others and connects them; the Trainer shares it. A single process never touches torch.distributed.
 """
 
+import importlib.util
 import os
+import socket
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -30,7 +32,13 @@ class Processes:
         count: Number of processes.
         rank: Number of this process, from 0.
         is_main: Whether this process writes and prints.
+        kind: How the processes train: "one process", "DDP", "FSDP2" or "DeepSpeed".
         restarted: Whether torchrun has restarted the processes after a failure.
+        launch: Name of the launch, the same before and after a restart; None without torchrun.
+
+    Raises:
+        ValueError: accelerate is configured for the first version of FSDP.
+        ImportError: accelerate is configured for DeepSpeed, which is not installed.
     """
 
     def __init__(self) -> None:
@@ -38,7 +46,16 @@ class Processes:
         self.count: int = self._state.num_processes if self._state else 1
         self.rank: int = self._state.process_index if self._state else 0
         self.is_main = self.rank == 0
+        self.kind = _kind() if self._state else "one process"
         self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+        run = os.environ.get("TORCHELASTIC_RUN_ID")
+        # Every launch by hand has the same id; the launcher itself outlives a restart.
+        self.launch = f"{run} of process {os.getppid()} on {socket.gethostname()}" if run else None
+
+    @property
+    def share_model(self) -> bool:
+        """Whether a process may hold only a part of the model, so that all must run it in step."""
+        return self.kind in ("FSDP2", "DeepSpeed")
 
     def barrier(self) -> None:
         """Wait until every process is here."""
@@ -150,33 +167,62 @@ def _launched() -> int:
     return max(int(os.environ.get(name) or 1) for name in _COUNTS)
 
 
-def _connected() -> Any:
-    """Return accelerate's state of this process, connected with the others.
+def _kind() -> str:
+    """Return how accelerate is configured to train with several processes."""
+    if _wanted("DEEPSPEED"):
+        return "DeepSpeed"
+    return "FSDP2" if _wanted("FSDP") else "DDP"
 
-    Raises:
-        ImportError: DeepSpeed is wanted and not installed.
-    """
+
+def _wanted(what: str) -> bool:
+    """Return whether accelerate's launcher was told to use it."""
+    return os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() == "true"
+
+
+def _connected() -> Any:
+    """Return accelerate's state of this process, connected with the others."""
+    if _wanted("FSDP") and os.environ.get("FSDP_VERSION") != "2":
+        raise ValueError(
+            f"`fsdp_version` must be 2 in the configuration of accelerate; got "
+            f"fsdp_version={os.environ.get('FSDP_VERSION', '1')}. Write `fsdp_version: 2` under `fsdp_config`."
+        )
+    if _wanted("DEEPSPEED") and importlib.util.find_spec("deepspeed") is None:
+        raise ImportError("deepspeed must be installed for this. Run: pip install deepspeed")
     from accelerate import DistributedType, PartialState
 
-    def wanted(what: str) -> bool:
-        return os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() == "true"
-
-    if wanted("DEEPSPEED"):
-        from gralora.optional import require
-
-        require("deepspeed", extra="train")
-    state = PartialState(cpu=wanted("CPU"), timeout=_TIMEOUT)
+    _meet_anew()
+    state = PartialState(cpu=_wanted("CPU"), timeout=_TIMEOUT)
     if state.num_processes > 1:
         return state
     # Without an accelerator, accelerate lets every process train by itself, unless it is told to use the CPU. Told
     # so, it ignores FSDP and DeepSpeed; they get gloo by name, and FSDP the type that accelerate looks for.
     PartialState._reset_state()
-    if not (wanted("FSDP") or wanted("DEEPSPEED")):
+    if _kind() == "DDP":
         return PartialState(cpu=True, timeout=_TIMEOUT)
     state = PartialState(backend="gloo", timeout=_TIMEOUT)
-    if wanted("FSDP"):
+    if _kind() == "FSDP2":
         state.distributed_type = DistributedType.MULTI_GPU
     return state
+
+
+def _meet_anew() -> None:
+    """Let restarted processes meet at a port of their own.
+
+    They would find where those before them listened, since torchrun keeps its store: pytorch/pytorch#135712.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+    if not restarts or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    key = f"gralora/port/{restarts}"
+    if os.environ["RANK"] == "0":
+        with socket.socket() as free:
+            free.bind(("", 0))
+            store.set(key, str(free.getsockname()[1]))
+    os.environ["MASTER_PORT"] = store.get(key).decode()
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
 
 
 def _message(error: Exception) -> str:
