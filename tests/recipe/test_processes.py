@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from gralora.recipe import processes
-from gralora.recipe.processes import Processes
+from gralora.recipe.processes import Processes, disconnect, is_main_process
 
 SCRIPT = f"""
 import json, os, runpy, sys
@@ -42,6 +42,7 @@ calls = []
 seen = {{
     "facts": [processes.count, processes.is_main, processes.restarted, processes.kind, processes.share_model],
     "launch": processes.launch,
+    "stop": outcome(lambda: processes.stop("enough")),
     "any": [processes.any(flag) for flag in (False, rank == 0, rank == 1, True)],
     "from main": outcome(lambda: processes.from_main(lambda: calls.append(1) or {{"rank": rank}})),
     "from main, calls": len(calls),
@@ -60,7 +61,7 @@ seen["one first, saw the file"] = order
 processes.barrier()
 with open(f"{{sys.argv[1]}}/{{rank}}.json", "w") as file:
     json.dump(seen, file)
-processes.close()
+module["disconnect"]()
 """
 
 
@@ -114,6 +115,18 @@ def test_together_fails_everywhere_if_it_fails_anywhere(seen):
     assert seen[1]["together, failing in 1"] == ["StoppedTogetherError", said]
 
 
+def test_all_can_stop_with_a_message_that_the_main_process_reports(seen):
+    assert [process["stop"] for process in seen] == [["RuntimeError", "enough"], ["StoppedTogetherError", "enough"]]
+
+
+@pytest.mark.parametrize("name", ["RANK", "OMPI_COMM_WORLD_RANK"])
+def test_the_main_process_is_known_before_the_processes_are_connected(name, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert is_main_process()
+    monkeypatch.setenv(name, "1")
+    assert not is_main_process()
+
+
 def test_items_are_gathered_by_rank(seen):
     assert [process["gathered"] for process in seen] == [["0-0", "1-0", "1-1"]] * 2
 
@@ -140,7 +153,9 @@ def test_one_process_needs_no_agreement(monkeypatch):
         with pytest.raises(OSError, match="no weights"):
             agree(fails)
     alone.barrier()
-    alone.close()
+    with pytest.raises(RuntimeError, match="enough"):
+        alone.stop("enough")
+    disconnect()
 
 
 def test_one_process_loads_neither_accelerate_nor_torch():

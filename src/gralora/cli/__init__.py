@@ -6,9 +6,11 @@ A verb's file imports the library inside its function, so that `--help` does not
 import logging
 import os
 import sys
+import time
 from typing import Annotated, Any
 
 from gralora import __version__
+from gralora.recipe.processes import StoppedTogetherError
 
 _ERRORS = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 
@@ -28,12 +30,20 @@ def main(arguments: list[str] | None = None) -> None:
 
         require("typer", "rich", "yaml", extra="train")
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # what it logs at its import concerns nobody here
+        if "WORLD_SIZE" in os.environ:
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what DDP warns of, the Trainer chose
         command = build_command()
         verbs = command.commands
         command(arguments, prog_name="gralora", standalone_mode=True)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+    except StoppedTogetherError:
+        if os.environ.get("GRALORA_TRACEBACK"):
+            raise
+        # The launcher ends the others as soon as one has ended, and the main process has yet to report.
+        time.sleep(1)
+        sys.exit(2)
     except _ERRORS as error:
         if os.environ.get("GRALORA_TRACEBACK"):
             raise

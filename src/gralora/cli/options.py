@@ -11,6 +11,8 @@ import typer
 from rich.markup import escape
 from typer.core import TyperCommand
 
+# Where the context of a verb has the command line, for a verb that starts itself in other processes.
+ARGUMENTS = "gralora.arguments"
 _CLICK_TYPES = {tuple: list[str]}
 
 
@@ -80,6 +82,7 @@ class Verb(TyperCommand):
             many = parameter.param_type_name == "argument" or parameter.multiple
             if not many and order.count(parameter) > 1:
                 raise typer.BadParameter("it is given more than once, and takes one value.", ctx, parameter)
+        ctx.meta[ARGUMENTS] = [ctx.info_name, *args]
         return super().parse_args(ctx, args)
 
 

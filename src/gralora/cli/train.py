@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gralora.cli.options import option, with_options_of
+from gralora.cli.options import ARGUMENTS, option, with_options_of
 from gralora.recipe.options import TrainingOptions
 from gralora.recipe.options_file import option_types, overlay, read_options_file
+from gralora.recipe.processes import disconnect, is_main_process
 
 if TYPE_CHECKING:
-    from gralora.recipe.progress import ConsoleReporter
+    from gralora.recipe.progress import Reporter
     from gralora.recipe.result import TrainingResult
 
 _OUTPUT = TrainingOptions.__dataclass_fields__["output"].default
@@ -18,9 +19,19 @@ _OUTPUT = TrainingOptions.__dataclass_fields__["output"].default
 
 @with_options_of(TrainingOptions, option_types())
 def train(
+    context: typer.Context,
     resume: Annotated[
         bool, option("Continue the interrupted run in --output, with its options.", "--resume", group="Run")
     ] = False,
+    processes: Annotated[
+        int | None,
+        option(
+            "Number of processes to start on this machine, one for each GPU; accelerate's configuration decides how "
+            "they train.",
+            default=1,
+            group="Run",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         option(
@@ -43,7 +54,13 @@ def train(
         read_options_file(config) if config else {},
         {name: value for name, value in given.items() if value is not None and value != []},
     )
+    from gralora.recipe.launch import is_to_launch, launch
+
     resume = options.pop("resume", False) or resume
+    in_file = options.pop("processes", None)
+    processes = in_file if processes is None else processes
+    if is_to_launch(processes):
+        raise typer.Exit(launch(context.meta[ARGUMENTS], int(processes or 1)))
     output = options.pop("output", _OUTPUT)
     if resume and dry_run:
         raise ValueError("`resume` or `dry_run` must be given, not both.")
@@ -53,11 +70,11 @@ def train(
 def _run(output: str, options: dict[str, Any], resume: bool, dry_run: bool) -> None:
     from gralora.recipe import training
     from gralora.recipe.malloc import keep_freed_memory
-    from gralora.recipe.progress import ConsoleReporter
+    from gralora.recipe.progress import ConsoleReporter, Reporter
     from gralora.recipe.resume import resume_refusal
 
     keep_freed_memory()
-    reporter = ConsoleReporter()
+    reporter = ConsoleReporter() if is_main_process() else Reporter()
     try:
         if resume:
             result = training.resume_run(output, options, reporter)
@@ -76,12 +93,14 @@ def _run(output: str, options: dict[str, Any], resume: bool, dry_run: bool) -> N
         raise typer.Exit(130) from None
     finally:
         reporter.close()
-    _print_result(result, reporter)
+    if is_main_process():
+        _print_result(result, reporter)
+    disconnect()
     if result.interrupted:
         raise typer.Exit(130)
 
 
-def _print_result(result: "TrainingResult", reporter: "ConsoleReporter") -> None:
+def _print_result(result: "TrainingResult", reporter: "Reporter") -> None:
     if result.interrupted:
         reporter.note(
             f"interrupted after step {result.steps} of {result.total_steps}; the checkpoint and the adapter are saved"

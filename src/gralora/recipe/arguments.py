@@ -109,13 +109,14 @@ def require_trackers(options: TrainingOptions) -> None:
         require(tracker, extra=tracker)
 
 
-def make_arguments(options: TrainingOptions, folder: str, has_validation: bool) -> Any:
+def make_arguments(options: TrainingOptions, folder: str, has_validation: bool, several_processes: bool = False) -> Any:
     """Return TRL's `SFTConfig` for a run; `set_length` completes it once the number of steps is known.
 
     Args:
         options: Options of the run.
         folder: Folder for checkpoints.
         has_validation: Whether a loss is measured during training.
+        several_processes: Whether `Processes` has connected several, whose state the Trainer then shares.
 
     Raises:
         ValueError: TRL or transformers refuse a field of `trainer`.
@@ -159,6 +160,9 @@ def make_arguments(options: TrainingOptions, folder: str, has_validation: bool) 
         "bf16": options.mixed_precision == "bf16",
         "fp16": options.mixed_precision == "fp16",
     }
+    if several_processes:
+        given = options.trainer.get("accelerator_config") or {}
+        settings["accelerator_config"] = {**given, "use_configured_state": True}
     try:
         return SFTConfig(**settings)
     except (TypeError, ValueError, ImportError, OSError) as error:

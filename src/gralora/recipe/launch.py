@@ -9,7 +9,7 @@ from gralora.checks import require_integer
 from gralora.optional import require
 
 # A run that is interrupted saves a checkpoint first; torch's launcher would kill it after 30 seconds.
-_SECONDS_TO_SAVE = "3600"
+_SECONDS_TO_SAVE = "300"
 
 
 def launch_refusal(processes: int) -> str | None:

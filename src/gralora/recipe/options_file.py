@@ -57,7 +57,7 @@ def option_types() -> dict[str, type]:
 
 
 def read_options_file(path: str) -> dict[str, Any]:
-    """Return the options in a YAML file, by field name of `TrainingOptions`, and `resume`.
+    """Return the options in a YAML file, by field name of `TrainingOptions`, and `resume` and `processes`.
 
     In the file, hyphens may stand for underscores.
 
@@ -80,7 +80,7 @@ def read_options_file(path: str) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise ValueError(f"`config` must map names to values; {path!r} holds a {type(content).__name__}.")
-    types = option_types() | {"resume": bool}
+    types = option_types() | {"resume": bool, "processes": int}
     options = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")

@@ -9,7 +9,7 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 
@@ -17,6 +17,9 @@ T = TypeVar("T")
 _COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 # Long, since others wait while the main process reads rows or downloads a model; the launcher notices a death at once.
 _TIMEOUT = timedelta(hours=2)
+
+
+_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
 
 
 class StoppedTogetherError(RuntimeError):
@@ -142,10 +145,14 @@ class Processes:
             return list(items)
         return [item for part in self._gather(list(items)) for item in part]
 
-    def close(self) -> None:
-        """Disconnect, at the end of a program that succeeded."""
-        if self._state:
-            self._state.destroy_process_group()
+    def stop(self, message: str) -> NoReturn:
+        """End the run in every process; all must call this with the same message.
+
+        Raises:
+            RuntimeError: In the main process.
+            StoppedTogetherError: In the others.
+        """
+        raise (RuntimeError if self.is_main else StoppedTogetherError)(message)
 
     def _gather(self, value: Any) -> list[Any]:
         from torch import distributed
@@ -160,6 +167,19 @@ class Processes:
         values = [value]
         distributed.broadcast_object_list(values, src=0)
         return values[0]
+
+
+def is_main_process() -> bool:
+    """Return whether this process is the main one, before the processes are connected too."""
+    return all(int(os.environ.get(name) or 0) == 0 for name in _RANKS)
+
+
+def disconnect() -> None:
+    """Disconnect the processes, at the end of a program that succeeded."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _launched() -> int:

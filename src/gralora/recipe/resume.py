@@ -16,6 +16,7 @@ steps are asked for.
 import json
 import os
 import zipfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from gralora.files.atomic import replacing_files
 from gralora.pretrained import stored_name
 from gralora.recipe.options import PACKAGED_TASK, TrainingOptions
 from gralora.recipe.options_file import overlay, to_yaml
+from gralora.recipe.processes import Processes
 from gralora.recipe.run_folder import RUN_FILE, RunFolder, write_json
 
 # Options that may differ from those of the run. The hash of the rows stands for `data`.
@@ -51,6 +53,9 @@ class RunState:
         data_sha256: `EncodedRows.fingerprint` of the training rows.
         before: Score of the base model; None without held-out rows, or before it is measured.
         stopped_early: Whether the run ended since its evaluation loss fell no more.
+        processes: Number of processes when the run began, by which the rows of a step follow from the options.
+        kind: `Processes.kind`, on which the form of the checkpoints depends.
+        launch: `Processes.launch`, by which a restart of torchrun knows the run as its own.
     """
 
     options: dict[str, Any]
@@ -58,11 +63,21 @@ class RunState:
     data_sha256: str
     before: BaseScore | None = None
     stopped_early: bool = False
+    processes: int = 1
+    kind: str = "one process"
+    launch: str | None = None
 
     @classmethod
-    def start(cls, options: TrainingOptions, data_sha256: str) -> "RunState":
+    def start(cls, options: TrainingOptions, data_sha256: str, processes: Processes) -> "RunState":
         """Return the state of a new run."""
-        return cls(stored_options(options), torch.get_num_threads(), data_sha256)
+        return cls(
+            stored_options(options),
+            torch.get_num_threads(),
+            data_sha256,
+            processes=processes.count,
+            kind=processes.kind,
+            launch=processes.launch,
+        )
 
     @classmethod
     def read(cls, output: str) -> "RunState":
@@ -78,8 +93,11 @@ class RunState:
             before = BaseScore(**stored["before"]) if stored.get("before") else None
             options = {name: value for name, value in dict(stored["options"]).items() if name in _NAMES}
             early = bool(stored.get("stopped_early"))
-            state = cls(options, stored["threads"], stored["data_sha256"], before, early)
+            count, kind, launch = stored.get("processes", 1), stored.get("kind", "one process"), stored.get("launch")
+            state = cls(options, stored["threads"], stored["data_sha256"], before, early, count, kind, launch)
             require_integer("threads", state.threads)
+            require_integer("processes", state.processes)
+            require_text("kind", state.kind)
             require_text("data_sha256", state.data_sha256)
             if before and not (is_number(before.exact_match) and isinstance(before.first_answer, str)):
                 raise ValueError(f"got before={before!r}")
@@ -94,7 +112,11 @@ class RunState:
             "options": self.options,
             "threads": self.threads,
             "data_sha256": self.data_sha256,
+            "processes": self.processes,
+            "kind": self.kind,
         }
+        if self.launch is not None:
+            stored["launch"] = self.launch
         if self.before is not None:
             stored["before"] = self.before._asdict()
         if self.stopped_early:
@@ -120,6 +142,36 @@ class RunState:
                     f"{getattr(run, name)!r}. Leave it out, or start a new run in another folder."
                 )
         return wanted
+
+    def accumulation(self, processes: Processes) -> int:
+        """Return the batches that each process accumulates, so that a step has as many rows as when the run began.
+
+        Raises:
+            ValueError: These processes cannot continue the run.
+        """
+        defaults = TrainingOptions.__dataclass_fields__
+        size, times = (self.options.get(n, defaults[n].default) for n in ("batch_size", "grad_accumulation"))
+        if reason := self._kind_refusal(processes):
+            raise ValueError(reason)
+        rows, at_once = size * times * self.processes, size * processes.count
+        if rows % at_once:
+            raise ValueError(
+                f"`processes` must keep the {rows} rows in a step of the run to resume, which trained on "
+                f"{self.processes} with a batch size of {size}; got processes={processes.count}, and {at_once} rows at "
+                f"once do not divide {rows}. Resume it on {self.processes}."
+            )
+        return rows // at_once
+
+    def _kind_refusal(self, processes: Processes) -> str | None:
+        """Return why checkpoints of the run cannot be read by these processes, or None."""
+        whole = ("one process", "DDP")
+        same = processes.kind == self.kind or (processes.kind in whole and self.kind in whole)
+        if same and (processes.kind != "DeepSpeed" or processes.count == self.processes):
+            return None
+        return (
+            f"`resume_run` must use the processes of the run, which shape its checkpoints; got {processes.kind} on "
+            f"{processes.count}, and the run trained with {self.kind} on {self.processes}. Start it in the same way."
+        )
 
     def data_refusal(self, data: tuple[str, ...], data_sha256: str) -> str | None:
         """Return why the run cannot be resumed on rows from `data` with this fingerprint, or None."""
@@ -224,12 +276,29 @@ def find_best_again(checkpoint: Checkpoint) -> None:
             write_json(partial / file.name, state | {"best_model_checkpoint": str(moved)})
 
 
+class _LoadedError(Exception):
+    """The Trainer has loaded what it shall not train further."""
+
+
 def load_finished(trainer: Any, checkpoint: Checkpoint) -> None:
-    """Load the adapter and the history of a run whose steps are all done; the Trainer itself would do one more."""
-    from peft import load_peft_weights, set_peft_model_state_dict
+    """Load the adapter and the history of a run whose steps are all done, as the Trainer would before one more step.
+
+    Every process must call this.
+    """
     from transformers import TrainerState
 
-    trainer.state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
-    best = trainer.state.best_model_checkpoint
+    from gralora.recipe.steps import BeginCallback
+
+    state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
+    best = state.best_model_checkpoint
     weights = Path(best) if best and trainer.args.load_best_model_at_end else checkpoint.path
-    set_peft_model_state_dict(trainer.model, load_peft_weights(str(weights), device="cpu"))
+
+    def stop() -> None:
+        raise _LoadedError
+
+    # The last callback, after those that act at the beginning too.
+    trainer.add_callback(BeginCallback(stop))
+    with suppress(_LoadedError):
+        trainer.train(resume_from_checkpoint=str(weights))
+    trainer.is_in_train = False
+    trainer.state = state

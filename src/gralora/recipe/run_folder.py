@@ -13,11 +13,11 @@ A file appears under its name only when it is complete: a run that is killed lea
 import json
 import shutil
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from gralora.files.atomic import discard_unfinished, replacing_files
+from gralora.recipe.claim import Claim
 
 RUN_FILE = "run.json"
 
@@ -29,7 +29,7 @@ class RunFolder:
         self.path = Path(path).absolute()
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
-        self._made: list[Path] = []
+        self._claim = Claim(self.path)
 
     def new_run_refusal(self) -> str | None:
         """Return why a new run cannot write here, or None. Hidden files of killed runs do not count."""
@@ -40,15 +40,29 @@ class RunFolder:
             "continue the run in it with `resume_run`."
         )
 
+    def claim(self) -> str | None:
+        """Make the folder, and claim it until `release` or `leave`.
+
+        Returns:
+            A note for the user where folders cannot be claimed, or None.
+
+        Raises:
+            ValueError: Another run has claimed the folder.
+            RuntimeError: The folder cannot be written.
+        """
+        return self._claim.take()
+
+    def release(self) -> None:
+        """Give the claim back."""
+        self._claim.release()
+
     def prepare(self) -> None:
-        """Make the folder, remove what killed runs left unfinished, and write to it once as a test.
+        """Remove what killed runs left unfinished, and write to the claimed folder once as a test.
 
         Raises:
             RuntimeError: The folder cannot be written.
         """
         try:
-            self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-            self.path.mkdir(parents=True, exist_ok=True)
             discard_unfinished(self.path)
             with replacing_files(self.path):
                 pass
@@ -57,16 +71,13 @@ class RunFolder:
                 f"`output` must be a folder that can be written; got output={str(self.path)!r}: {error}"
             ) from None
 
-    def abandon(self) -> None:
-        """Remove what a run wrote that cannot be resumed: the folder is then as if the run had never begun."""
-        if (self.path / RUN_FILE).is_file():
-            return
-        for folder in (self.checkpoints, self.logs):
-            shutil.rmtree(folder, ignore_errors=True)
-        discard_unfinished(self.path)
-        with suppress(OSError):
-            for folder in self._made:
-                folder.rmdir()
+    def leave(self) -> None:
+        """Give the claim back. What cannot be resumed is removed, as if the run had never begun."""
+        if not (self.path / RUN_FILE).is_file():
+            for folder in (self.checkpoints, self.logs):
+                shutil.rmtree(folder, ignore_errors=True)
+            discard_unfinished(self.path)
+        self.release()
 
     def _visible(self) -> list[Path]:
         return [entry for entry in self.path.iterdir() if not entry.name.startswith(".")]

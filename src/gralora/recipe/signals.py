@@ -51,6 +51,15 @@ class Signals:
         finally:
             self._training = False
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Let a signal end the run at once again, within `after_the_step`."""
+        before, self._training = self._training, False
+        try:
+            yield
+        finally:
+            self._training = before
+
     def _on_signal(self, number: int, frame: Any) -> None:
         now = time.monotonic()
         again = now - self._came < _SECONDS_OF_ONE

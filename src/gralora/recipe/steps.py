@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from gralora.recipe.processes import Processes
 from gralora.recipe.progress import Reporter
 from gralora.recipe.signals import Signals
 
@@ -14,9 +15,10 @@ from gralora.recipe.signals import Signals
 class StepCallback(TrainerCallback):
     """Report each step and each evaluation, stop at a signal, and refuse a loss that is not finite."""
 
-    def __init__(self, reporter: Reporter, signals: Signals) -> None:
+    def __init__(self, reporter: Reporter, signals: Signals, processes: Processes | None = None) -> None:
         self.reporter = reporter
         self.signals = signals
+        self.processes = processes or Processes()
         self.began = 0.0
         self.tokens = 0  # since the start of the process, as TRL counts them
         self.seconds = 0.0
@@ -30,8 +32,9 @@ class StepCallback(TrainerCallback):
         self.began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save and stop, if a signal came."""
-        if self.signals.stopping:
+        """Save and stop, if a signal came to any process."""
+        if self.processes.any(self.signals.stopping):
+            self.signals.stopping = True
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
@@ -46,7 +49,7 @@ class StepCallback(TrainerCallback):
             return
         for name in ("loss", "grad_norm"):
             if not math.isfinite(logs.get(name, 0.0)):
-                raise RuntimeError(
+                self.processes.stop(
                     f"The training {name} is not finite at step {state.global_step}: {logs[name]}. Nothing was "
                     f"saved at this step. Start a new run in another folder with a lower `lr` (it is "
                     f'{args.learning_rate:g}), or with `dtype="float32"`.'
@@ -55,6 +58,17 @@ class StepCallback(TrainerCallback):
         tokens = logs["num_tokens"] - self.tokens
         self.tokens, self.seconds = logs["num_tokens"], self.seconds + seconds
         self.reporter.step(state.global_step, logs["loss"], tokens / seconds)
+
+
+class BeginCallback(TrainerCallback):
+    """Act once the Trainer has spread the model over the processes and has loaded the checkpoint."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self.act = act
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Act."""
+        self.act()
 
 
 class SampleCallback(TrainerCallback):

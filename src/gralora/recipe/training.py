@@ -4,10 +4,11 @@ result = train(TrainingOptions(model="folder", data="rows.jsonl", output="my-ada
 """
 
 import os
+import socket
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -35,15 +36,19 @@ from gralora.recipe.data import (
 )
 from gralora.recipe.decoding import generate_ids
 from gralora.recipe.options import PACKAGED_TASK, TrainingOptions
+from gralora.recipe.processes import Processes, is_main_process
 from gralora.recipe.progress import Reporter, RunSummary, quiet_libraries
 from gralora.recipe.result import TrainingResult
-from gralora.recipe.resume import BaseScore, RunState
+from gralora.recipe.resume import BaseScore, RunState, resume_refusal, stored_options
 from gralora.recipe.run_folder import RunFolder, write_json, write_loss_curve
+from gralora.recipe.saving import save_checked, trained_tensors
 from gralora.recipe.scoring import Score, score_exact_match
 from gralora.recipe.signals import Signals
 from gralora.recipe.tasks import support_rows
 from gralora.tuner.layer import GraloraLayer, gralora_layers
 
+# The options of a run, and its state where it was begun before.
+_Beginning = tuple[TrainingOptions, RunState | None]
 _SAMPLE_TOKENS = 64
 # Fields of a result that metrics.json has under another name, or at its end.
 _APART = ("output", "losses", "eval_losses", "before", "after")
@@ -66,11 +71,19 @@ def train(options: TrainingOptions, reporter: Reporter | None = None) -> Trainin
         RuntimeError: The loss is not finite, `output` cannot be written, or the disk is full.
         KeyboardInterrupt: A signal ended the run at once.
     """
-    _require_libraries(options)
-    folder = RunFolder(options.output)
-    if reason := folder.new_run_refusal():
-        raise ValueError(reason)
-    return _carry_out(options, folder, None, reporter or Reporter())
+
+    def begin(folder: RunFolder, processes: Processes) -> _Beginning:
+        # torchrun starts the same command again after a failure: it goes on with what it began.
+        if processes.restarted and resume_refusal(options.output) is None:
+            state = RunState.read(options.output)
+            if state.launch == processes.launch:
+                return state.options_for(options.output, stored_options(options)), state
+        if reason := folder.new_run_refusal():
+            raise ValueError(reason)
+        _require_libraries(options)
+        return options, None
+
+    return _carry_out(options.output, begin, reporter)
 
 
 def resume_run(output: str, given: dict[str, Any] | None = None, reporter: Reporter | None = None) -> TrainingResult:
@@ -89,10 +102,14 @@ def resume_run(output: str, given: dict[str, Any] | None = None, reporter: Repor
         RuntimeError: The loss is not finite, `output` cannot be written, or the disk is full.
         KeyboardInterrupt: A signal ended the run at once.
     """
-    state = RunState.read(output)
-    options = state.options_for(output, given)
-    _require_libraries(options)
-    return _carry_out(options, RunFolder(output), state, reporter or Reporter())
+
+    def begin(folder: RunFolder, processes: Processes) -> _Beginning:
+        state = RunState.read(output)
+        options = state.options_for(output, given)
+        _require_libraries(options)
+        return options, state
+
+    return _carry_out(output, begin, reporter, resumes=True)
 
 
 def dry_run(options: TrainingOptions, reporter: Reporter | None = None) -> RunSummary:
@@ -109,13 +126,15 @@ def dry_run(options: TrainingOptions, reporter: Reporter | None = None) -> RunSu
     from gralora.recipe.memory import estimate_memory
 
     _require_libraries(options)
-    reporter = reporter or Reporter()
+    reporter = _reporter_here(reporter)
     if reason := RunFolder(options.output).new_run_refusal():
         raise ValueError(reason)
     with tempfile.TemporaryDirectory() as folder, quiet_libraries(reporter):
-        run = _Run(options, RunFolder(folder), None, reporter, Signals(reporter.note))
+        processes = Processes()
+        run = _Run(options, RunFolder(folder), None, reporter, Signals(reporter.note), processes)
         run.load()
-        summary = replace(run.summary(), memory=estimate_memory(run.trainer))
+        # One process cannot run the model alone where it has a part of it.
+        summary = replace(run.summary(), memory=None if processes.share_model else estimate_memory(run.trainer))
         reporter.ready(summary)
     return summary
 
@@ -131,29 +150,59 @@ def _require_libraries(options: TrainingOptions) -> None:
         hub.check_access(options.push_to_hub)
 
 
+def _reporter_here(reporter: Reporter | None) -> Reporter:
+    """Return `reporter` in the main process, and a silent one in the others."""
+    return reporter if reporter and is_main_process() else Reporter()
+
+
 def _carry_out(
-    options: TrainingOptions, folder: RunFolder, state: RunState | None, reporter: Reporter
+    output: str,
+    begin: Callable[[RunFolder, Processes], _Beginning],
+    reporter: Reporter | None,
+    resumes: bool = False,
 ) -> TrainingResult:
-    signals = Signals(reporter.note)
+    """Claim the folder, begin in the main process, and carry out the run in all."""
+    reporter = _reporter_here(reporter)
+    signals, folder = Signals(reporter.note), RunFolder(output)
     with signals.caught(), quiet_libraries(reporter):
-        folder.prepare()
-        if options.threads:
-            torch.set_num_threads(options.threads)
-        way_out = "Free some space, then continue with `resume_run`, or start again."
+        processes = Processes()
+        claimed = False
+
+        def claim_and_begin() -> _Beginning:
+            nonlocal claimed
+            # What is no folder, or no run, is not to be claimed.
+            reason = resume_refusal(output) if resumes else folder.path.is_file() and folder.new_run_refusal()
+            if reason:
+                raise ValueError(reason)
+            if note := folder.claim():
+                reporter.note(note)
+            try:
+                begun = begin(folder, processes)
+                folder.prepare()
+            except BaseException:
+                folder.release()
+                raise
+            claimed = True
+            return begun
+
         try:
+            options, state = processes.from_main(claim_and_begin)
+            if options.threads:
+                torch.set_num_threads(options.threads)
+            way_out = "Free some space, then continue with `resume_run`, or start again."
             with explaining_full_disk(folder.path, way_out):
-                run = _Run(options, folder, state, reporter, signals)
+                run = _Run(options, folder, state, reporter, signals, processes)
                 run.load()
                 return run.carry_out()
         finally:
-            folder.abandon()
+            if claimed:
+                folder.leave()
 
 
 class _Run:
     """One call of `train` or `resume_run`, and what its parts share."""
 
     trainer: Any
-    model: Any
     tokenizer: Any
     state: RunState
 
@@ -164,12 +213,14 @@ class _Run:
         resumed: RunState | None,
         reporter: Reporter,
         signals: Signals,
+        processes: Processes,
     ) -> None:
         self.options = options
         self.folder = folder
         self.resumed = resumed
         self.reporter = reporter
         self.signals = signals
+        self.processes = processes
         self.started = time.perf_counter()
         self.checkpoint: resume.Checkpoint | None = None
 
@@ -179,34 +230,65 @@ class _Run:
         from gralora.recipe.steps import SampleCallback, StepCallback
         from gralora.recipe.trainer import make_trainer
 
-        options, reporter = self.options, self.reporter
-        train_rows, validation_rows, self.eval_rows = self._read_rows()
-        arguments = make_arguments(options, str(self.folder.checkpoints), bool(validation_rows))
-        dtype = pretrained.choose_dtype(options.dtype)
-        reporter.note(f"loading {options.model}")
-        source = pretrained.resolve(options.model, dtype)
-        self.tokenizer = source.load_tokenizer(options.start_from)
-        self.encoded = self._encode(train_rows, options.data)
-        self.validation = self._encode(validation_rows, options.eval_data) if validation_rows else None
-        check_prompts(self.eval_rows, self.tokenizer, options.eval or PACKAGED_TASK)
-        self.sampled_row = self._row_to_sample(self.eval_rows or validation_rows or train_rows)
-        self.state = self._start_or_resume()
-        model = source.load_model(
-            dtype, load_in=options.load_in, attention=options.attention, allow_missing=options.allow_missing
+        reporter, processes = self.reporter, self.processes
+        train_rows, validation_rows, self.eval_rows = processes.from_main(self._read_rows)
+        reporter.note(f"loading {self.options.model}")
+        dtype = pretrained.choose_dtype(self.options.dtype)
+        source = processes.one_per_node_first(lambda: pretrained.resolve(self.options.model, dtype))
+        processes.together(lambda: self._encode_all(source, train_rows, validation_rows))
+        self.state, self.checkpoint, self.more_steps = processes.from_main(self._start_or_resume)
+        processes.together(self._require_checkpoint)
+        self.options = options = replace(self.options, grad_accumulation=self.state.accumulation(processes))
+        # Made before the model: where the processes share it, it is loaded in parts.
+        arguments = make_arguments(
+            options, str(self.folder.checkpoints), bool(validation_rows), several_processes=processes.count > 1
         )
-        self.callback = StepCallback(reporter, self.signals)
+        self.callback = StepCallback(reporter, self.signals, processes)
         callbacks: list[Any] = [self.callback]
         if options.sample_every:
             callbacks.append(SampleCallback(options.sample_every, self._sample, reporter))
         if "tensorboard" in options.log_to:
             os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder.logs)
-        self.trainer = make_trainer(options, arguments, model, self.tokenizer, self.encoded, self.validation, callbacks)
-        self.model = self.trainer.model
-        if options.start_from:
-            pretrained.fill_adapter(self.model, options.start_from)
+
+        def load() -> None:
+            model = source.load_model(
+                dtype, load_in=options.load_in, attention=options.attention, allow_missing=options.allow_missing
+            )
+            self.trainer = make_trainer(
+                options, arguments, model, self.tokenizer, self.encoded, self.validation, callbacks
+            )
+            if options.start_from:
+                pretrained.fill_adapter(self.model, options.start_from)
+
+        if processes.share_model:
+            load()  # the processes exchange parts of it, so that one that fails must end at once
+        else:
+            processes.together(load)
+
+    @property
+    def model(self) -> Any:
+        """The model with the adapter, which the Trainer wraps when the training begins."""
+        return self.trainer.model
+
+    def _encode_all(self, source: Any, train_rows: Sequence[Row], validation_rows: Sequence[Row]) -> None:
+        options = self.options
+        self.tokenizer = source.load_tokenizer(options.start_from)
+        self.encoded = self._encode(train_rows, options.data)
+        self.validation = self._encode(validation_rows, options.eval_data) if validation_rows else None
+        check_prompts(self.eval_rows, self.tokenizer, options.eval or PACKAGED_TASK)
+        self.sampled_row = self._row_to_sample(self.eval_rows or validation_rows or train_rows)
+
+    def _require_checkpoint(self) -> None:
+        if self.checkpoint and not (self.checkpoint.path / "trainer_state.json").is_file():
+            raise ValueError(
+                f"`output` must be a folder that every process sees; there is no {str(self.checkpoint.path)!r} on "
+                f"{socket.gethostname()}. Name a folder that the machines share."
+            )
 
     def carry_out(self) -> TrainingResult:
         """Train, and write the adapter and what belongs to it."""
+        from gralora.recipe.steps import BeginCallback
+
         options, reporter, trainer, checkpoint = self.options, self.reporter, self.trainer, self.checkpoint
         total = trainer.args.max_steps
         if checkpoint and checkpoint.step > total:
@@ -215,26 +297,34 @@ class _Run:
         config = self.model.peft_config["default"]
         if warning := rank_warning(config.gralora_k, config.r, config.hybrid_r):
             reporter.note(warning)
-        self.state.write(self.folder)
-        self._score_base()
-        if checkpoint and (checkpoint.step >= total or self._ended_early()):
-            resume.load_finished(trainer, checkpoint)
+        self._store()
+        if self.processes.share_model:
+            trainer.add_callback(BeginCallback(self._score_base))  # before, a process has too much of the model
         else:
-            if checkpoint:
-                resume.find_best_again(checkpoint)
-            with self.signals.after_the_step():
+            self._score_base()
+        if checkpoint:
+            self.processes.from_main(lambda: resume.find_best_again(checkpoint))
+        with self.signals.after_the_step():
+            if checkpoint and (checkpoint.step >= total or self._ended_early()):
+                resume.load_finished(trainer, checkpoint)
+            else:
                 trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         result = self._result(total)
         if result.stopped_early != self.state.stopped_early:
-            self.state = replace(self.state, stopped_early=result.stopped_early)
-            self.state.write(self.folder)
+            self._store(stopped_early=result.stopped_early)
         self._write(result, adapter=True)
         if self.state.before and not result.interrupted:
             result = self._score_trained(result, self.state.before)
             self._write(result, adapter=False)
         if options.push_to_hub and not result.interrupted:
-            reporter.note(f"uploaded to {hub.upload(self.folder.path, options.push_to_hub)}")
+            address = self.processes.from_main(lambda: hub.upload(self.folder.path, str(options.push_to_hub)))
+            reporter.note(f"uploaded to {address}")
         return result
+
+    def _store(self, **changes: Any) -> None:
+        """Write the state of the run, changed."""
+        self.state = replace(self.state, **changes)
+        self.processes.from_main(lambda: self.state.write(self.folder))
 
     def summary(self) -> RunSummary:
         """Return the facts of the run."""
@@ -245,7 +335,7 @@ class _Run:
         return RunSummary(
             model=options.model,
             dtype=_base_dtype(self.model, options),
-            device=str(self.trainer.args.device),
+            device=self.trainer.args.device.type,
             targets=dict(Counter(_target_name(name, layer) for name, layer in layers.items())),
             trainable_parameters=trainable,
             all_parameters=everything,
@@ -261,7 +351,7 @@ class _Run:
             first_step=self.checkpoint.step if self.checkpoint else 0,
             batch_size=options.batch_size,
             grad_accumulation=options.grad_accumulation,
-            processes=1,
+            processes=self.processes.count,
         )
 
     def _read_rows(self) -> tuple[Sequence[Row], Sequence[Row], Sequence[Row]]:
@@ -291,22 +381,29 @@ class _Run:
             self.reporter.note(f"note: {note}")
         return encoded
 
-    def _start_or_resume(self) -> RunState:
-        """Return the state of a new run, or that of the run to resume, whose checkpoint is chosen."""
+    def _start_or_resume(self) -> tuple[RunState, resume.Checkpoint | None, bool]:
+        """Return the state, the checkpoint to go on from, and whether more steps are asked for than before."""
         options, resumed, fingerprint = self.options, self.resumed, self.encoded.fingerprint()
         if resumed is None:
-            return RunState.start(options, fingerprint)
+            return RunState.start(options, fingerprint, self.processes), None, False
         if reason := resumed.data_refusal(options.data, fingerprint):
             raise ValueError(reason)
-        self.checkpoint, damaged = resume.last_checkpoint(self.folder)
+        checkpoint, damaged = resume.last_checkpoint(self.folder)
         for problem in damaged:
             self.reporter.note(f"note: {problem}; the checkpoint is not used")
         if damaged:
-            where = f"step {self.checkpoint.step}" if self.checkpoint else "the start"
+            where = f"step {checkpoint.step}" if checkpoint else "the start"
             self.reporter.note(f"note: the run goes on from {where}")
-        state = replace(resumed, options=resume.stored_options(options))
-        self.more_steps = any(state.options[name] != resumed.options.get(name) for name in ("steps", "epochs"))
-        return state
+        accumulation, count = resumed.accumulation(self.processes), self.processes.count
+        if count != resumed.processes:
+            self.reporter.note(
+                f"note: the run began with {resumed.processes} and goes on with {count} processes; a step has as many "
+                f"rows as before, since each accumulates {accumulation} of its batches"
+            )
+        kind, launch = self.processes.kind, self.processes.launch
+        state = replace(resumed, options=stored_options(options), kind=kind, launch=launch)
+        more_steps = any(state.options[name] != resumed.options.get(name) for name in ("steps", "epochs"))
+        return state, checkpoint, more_steps
 
     def _ended_early(self) -> bool:
         return self.state.stopped_early and not self.more_steps
@@ -344,7 +441,8 @@ class _Run:
         try:
             with torch.random.fork_rng():
                 prompt = encode_prompt(row.prompt, row.is_plain, self.tokenizer, row.tools)
-                ids = generate_ids(self.model, self.tokenizer, [prompt], _SAMPLE_TOKENS, do_sample=False)
+                share = self.processes.share_model
+                ids = generate_ids(self.model, self.tokenizer, [prompt], _SAMPLE_TOKENS, in_step=share, do_sample=False)
         finally:
             self.model.train(was_training)
         return row.prompt[-1]["content"], self.tokenizer.decode(ids[0], skip_special_tokens=True)
@@ -352,10 +450,9 @@ class _Run:
     def _score_base(self) -> None:
         """Measure the score before training, once per run."""
         if self.eval_rows and self.state.before is None:
-            with self.model.disable_adapter():
+            with self.signals.at_once(), self.model.disable_adapter():
                 score = self._score("before")
-            self.state = replace(self.state, before=BaseScore(score.exact_match, score.answers[0]))
-            self.state.write(self.folder)
+            self._store(before=BaseScore(score.exact_match, score.answers[0]))
 
     def _score_trained(self, result: TrainingResult, before: BaseScore) -> TrainingResult:
         after = self._score("after")
@@ -378,9 +475,15 @@ class _Run:
                 self.tokenizer,
                 rows,
                 on_rows_done=lambda done: self.reporter.scoring(when, done, len(rows)),
+                processes=self.processes,
+                in_step=self.processes.share_model,
             )
 
     def _write(self, result: TrainingResult, adapter: bool) -> None:
+        tensors = trained_tensors(self.model) if adapter else None
+        self.processes.from_main(lambda: self._write_files(result, tensors))
+
+    def _write_files(self, result: TrainingResult, tensors: dict[str, torch.Tensor] | None) -> None:
         metrics = {
             **{name: value for name, value in asdict(result).items() if name not in _APART},
             "finished": not result.interrupted,
@@ -393,21 +496,20 @@ class _Run:
             "eval_losses": result.eval_losses,
         }
         with replacing_files(self.folder.path) as partial:
-            if adapter:
-                self._save_adapter(partial)
+            if tensors is not None:
+                self._save_adapter(partial, tensors)
             write_json(partial / "metrics.json", metrics)
             if result.losses:
                 write_loss_curve(partial / "loss.png", result.losses, result.eval_losses)
             card = model_card.render(self.options, self.model.peft_config["default"], result)
             (partial / "README.md").write_text(card)
 
-    def _save_adapter(self, path: Path) -> None:
+    def _save_adapter(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
         config = self.model.peft_config["default"]
         loaded_from = config.base_model_name_or_path
         config.base_model_name_or_path = pretrained.stored_name(self.options.model)
         try:
-            # Embeddings are never resized here; to find that out, PEFT would ask the hub for the base model.
-            self.model.save_pretrained(path, save_embedding_layers=False)
+            save_checked(self.model, path, tensors)
         finally:
             config.base_model_name_or_path = loaded_from
 
