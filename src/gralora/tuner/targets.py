@@ -48,6 +48,7 @@ _HEADS = {
     TaskType.TOKEN_CLS: ("classifier", "score"),
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
+_NAMED_IN_FULL = 8
 
 
 class Places:
@@ -338,11 +339,13 @@ def leave_out_misfits(targets: list[Target], config: GraloraConfig, model_type: 
         ValueError: None fits.
     """
     targets = [target for target in targets if not any(is_trained_whole(name, config) for name, _ in target.places)]
-    fitting, left_out = [], []
+    fitting: list[Target] = []
+    left_out: dict[str, list[str]] = {}
     for target in targets:
-        is_read = target.attention_refusal() or target.reader_refusal(model_type)
-        is_other = target.kind is not None and target.kind_refusal()
-        (left_out if is_read or is_other or target.width_refusal(config) else fitting).append(target)
+        if reason := _misfit(target, config, model_type):
+            left_out.setdefault(reason, []).append(target.name)
+        else:
+            fitting.append(target)
     if targets and not fitting:
         reason = targets[0].width_refusal(config) or "its weight is read without calling it, or it is no linear layer."
         raise ValueError(
@@ -350,15 +353,33 @@ def leave_out_misfits(targets: list[Target], config: GraloraConfig, model_type: 
             f"{targets[0].name!r}: {reason}"
         )
     if left_out:
-        names = ", ".join(repr(target.name) for target in left_out[:8])
-        more = f" and {len(left_out) - 8} more" if len(left_out) > 8 else ""
+        groups = "; ".join(f"{_listed(names)}: {reason}" for reason, names in left_out.items())
         warnings.warn(
-            f"`target_modules='all-linear'` leaves out {names}{more}: `gralora_k={config.gralora_k}` does not "
-            "divide their widths, their weight is read without calling them, or they do more than a linear layer. Name "
-            "them in `exclude_modules` to silence this.",
+            f"`target_modules='all-linear'` leaves out {groups}. Name them in `exclude_modules` to silence this.",
             stacklevel=2,
         )
     return fitting
+
+
+def _misfit(target: Target, config: GraloraConfig, model_type: str | None) -> str | None:
+    """Return why "all linear layers" leave a target out, in words that fit several targets, or None."""
+    if target.reader_refusal(model_type):
+        return f"models of type {model_type!r} read the weight without calling the layer"
+    if target.attention_refusal():
+        return "nn.MultiheadAttention reads the weight without calling the layer"
+    if target.width_refusal(config):
+        return f"`gralora_k={config.gralora_k}` does not divide the widths"
+    if target.kind is not None and target.kind_refusal():
+        return "not a plain linear layer"
+    return None
+
+
+def _listed(names: list[str]) -> str:
+    """Return a few names in full, and many by their last parts."""
+    if len(names) <= _NAMED_IN_FULL:
+        return ", ".join(map(repr, names))
+    kinds = Counter(name.rpartition(".")[2] for name in names)
+    return ", ".join(f"{count} of {kind!r}" for kind, count in kinds.items())
 
 
 def is_parameter(target: Target) -> bool:
