@@ -1,3 +1,6 @@
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 from adapters import (
     a_lora,
@@ -12,6 +15,11 @@ from adapters import (
 )
 from conftest import tiny_llama
 from mixtures import save_mixture_and_adapter
+
+from gralora.cli import export
+from gralora.export.convert import convert
+from gralora.export.formats import FORMATS
+from gralora.files.checkpoint import open_adapter
 
 
 @pytest.fixture
@@ -68,6 +76,10 @@ def test_a_damaged_adapter_ends_with_one_line_and_status_2(damage, folder, tmp_p
         (["--format", "onnx"], "must be one of lora, gguf, diffusers; got --format 'onnx'."),
         (["--dtype", "int8"], "must be 'float32', 'bfloat16' or 'float16'; got --dtype 'int8'."),
         (["--format", "gguf", "--for", "peft"], "must be serving for gguf; got --for 'peft'."),
+        (["--for", "peft"], "must be serving for gguf; got --for 'peft'."),
+        (["--format", "lora"], "OUTPUT must not end in .gguf for --format lora, which writes a folder; got '"),
+        (["--format", "diffusers"], "OUTPUT must not end in .gguf for --format diffusers"),
+        (["--name", "mine"], "--name must not be given for gguf; got --name 'mine'."),
         (["--for", "ollama"], "must be 'serving' or 'peft'; got --for 'ollama'."),
     ],
 )
@@ -108,3 +120,39 @@ def test_diffusers_files_hold_no_experts(tmp_path, capsys):
     assert code == 2
     assert "must not be given for diffusers; got --experts 'stacked'" in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format", "gguf"], "OUTPUT must end in .gguf for this format"),
+        (["--for", "peft", "--name", "mine"], "--name must not be given for lora --for peft; got --name 'mine'."),
+        (["--for", "peft", "--base", "b"], "--base must not be given for lora --for peft; got --base 'b'."),
+        (["--format", "diffusers", "--name", "mine"], "--name must not be given for diffusers; got --name 'mine'."),
+    ],
+)
+def test_options_without_effect_on_a_folder_are_refused(arguments, message, folder, tmp_path, capsys):
+    code, _, err = run(capsys, "export", folder, tmp_path / "out", *arguments)
+    assert code == 2
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_that_ends_in_gguf_means_gguf(folder, tmp_path, capsys, monkeypatch):
+    wanted = []
+    entry = FORMATS["gguf"]
+
+    def to_gguf(adapter, output, options, base=None, llama_cpp=None, overwrite=False):
+        wanted.append((Path(output).name, base))
+        return convert(open_adapter(adapter), options)
+
+    monkeypatch.setitem(FORMATS, "gguf", replace(entry, export=to_gguf))
+    code, out, err = run(capsys, "export", folder, tmp_path / "out.gguf", "--base", "org/base")
+    assert (code, err) == (0, "")
+    assert wanted == [("out.gguf", "org/base")]
+    assert "llama-server -m BASE.gguf" in out
+
+
+def test_the_help_describes_every_format():
+    for name, entry in FORMATS.items():
+        assert f"{name} ({entry.description})" in export._FORMATS

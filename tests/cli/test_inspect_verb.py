@@ -28,7 +28,7 @@ def test_the_command_prints_a_table_json_and_a_picture(adapter_folder, base_fold
 
 def table_of(out):
     """The cells of the printed table, by the name of the row."""
-    lines = out.partition("\n\n")[0].splitlines()
+    lines = out.partition("\n\n")[0].splitlines()[2:]
     return {line.split()[0]: line.split()[1:] for line in lines}
 
 
@@ -49,15 +49,15 @@ def deep_folder(tmp_path):
 def test_layers_are_grouped_by_the_kind_of_module(deep_folder, capsys):
     code, out, _ = run(capsys, "inspect", deep_folder)
     report = inspect(deep_folder)
-    norms = [f"{layer.norm:.3g}" for layer in report.layers if layer.target.endswith("gate_proj")]
+    norms = [layer.norm for layer in report.layers if layer.target.endswith("gate_proj")]
     rows = table_of(out)
     assert code == 0
-    assert list(rows) == ["target", "q_proj", "gate_proj"]
+    assert list(rows) == ["gate_proj", "q_proj"]
     assert rows["gate_proj"][:3] == ["12", "8", "2"]
-    assert rows["gate_proj"][4] == f"{min(norms)}–{max(norms)}"  # noqa: RUF001
+    assert rows["gate_proj"][4] == f"{min(norms):.2g}–{max(norms):.2g}"  # noqa: RUF001
     assert rows["q_proj"][1] == "4–8"  # noqa: RUF001
     assert rows["q_proj"][-2:] == ["8–16", "8–16"]  # noqa: RUF001
-    assert "‖ΔW‖/‖W‖" not in out
+    assert "/‖W‖" not in out
 
 
 @pytest.mark.parametrize("arguments", [[], ["--all"], ["--base", "{base}"], ["--all", "--base", "{base}"]])
@@ -67,9 +67,9 @@ def test_the_report_fits_80_columns(arguments, deep_folder, capsys, monkeypatch)
     _, out, _ = run(capsys, "inspect", deep_folder, *[argument.format(base=base) for argument in arguments])
     assert max(map(len, out.splitlines())) <= 80
     if "--all" in arguments:
-        names = list(table_of(out))[1:]
+        names = list(table_of(out))
         assert len(set(names)) == 24
-        assert all(re.search(rf"\b{i}\b.*q_proj$", names[2 * i]) for i in range(12))
+        assert all(re.search(rf"\b{i}\b.*q_proj$", names[2 * i + 1]) for i in range(12))
 
 
 def test_a_damaged_adapter_ends_with_one_line_and_status_2(adapter_folder, capsys):

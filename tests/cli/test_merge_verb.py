@@ -39,6 +39,7 @@ def test_a_plain_model_comes_out(folders, merge):
         (["--dtype", "int4"], "must be 'auto', 'float32', 'bfloat16' or 'float16'; got --dtype 'int4'"),
         (["--weight", "1", "--weight", "2"], "must have one value for each adapter; got 2 for 1 adapters"),
         (["--requantize"], "needs a quantised base"),
+        (["--requantize", "--dtype", "bf16"], "--dtype must not be given with --requantize, which keeps the format"),
         (["--adapter", "nowhere"], "must be the folder of an adapter; 'nowhere' has no adapter_config.json"),
     ],
 )

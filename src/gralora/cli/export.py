@@ -1,21 +1,27 @@
 """`gralora export`."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from gralora.checks import dtype_named
 from gralora.cli.options import argument, option
-from gralora.export.convert import LoraExport, LoraOptions
-from gralora.export.engines import VLLM_RANKS
-from gralora.export.formats import FORMATS
 
-_FORMATS = ", ".join(f"{name} ({entry.description})" for name, entry in FORMATS.items())
+if TYPE_CHECKING:
+    from gralora.export.convert import LoraExport
+
+# As `gralora.export.formats` describes them, whose import would slow down every `--help`.
+_FORMATS = "lora (a folder for vLLM, SGLang and PEFT), gguf (a file for llama.cpp), diffusers (a folder for diffusers)"
+_GGUF_SUFFIX = ".gguf"
 
 
 def export(
     adapter: Annotated[str, argument("Folder of an adapter.", "ADAPTER")],
     output: Annotated[str, argument("Folder to write, or file OUT.gguf.", "OUTPUT")],
-    format: Annotated[str, option(f"Format to write: {_FORMATS}.", default="lora")] = "lora",
+    format: Annotated[
+        str | None, option(f"Format to write: {_FORMATS}.", default="gguf for OUT.gguf, else lora")
+    ] = None,
     target: Annotated[
         str,
         option("serving, or peft to carry over trained biases, modules and tokens.", "--for", default="serving"),
@@ -45,6 +51,12 @@ def export(
 
     The export is exact without --max-rank, --max-error and --dtype. It is read back and compared.
     """
+    from gralora.export.convert import LoraOptions
+    from gralora.export.engines import VLLM_RANKS
+    from gralora.export.formats import FORMATS
+
+    if format is None:
+        format = "gguf" if output.endswith(_GGUF_SUFFIX) else "lora"
     if format not in FORMATS:
         raise ValueError(f"`format` must be one of {', '.join(FORMATS)}; got format={format!r}.")
     chosen = FORMATS[format]
@@ -57,10 +69,16 @@ def export(
     )
     if target not in chosen.targets:
         raise ValueError(f"`target` must be {' or '.join(chosen.targets)} for {format}; got target={target!r}.")
-    further = {"base": base, "llama_cpp": llama_cpp, "component": component, "experts": experts}
-    used = {*chosen.takes, *(("base",) if chosen.engines else ())}
+    if output.endswith(_GGUF_SUFFIX) and format != "gguf":
+        raise ValueError(
+            f"`output` must not end in .gguf for `format={format}`, which writes a folder; got {output!r}."
+        )
+    further = {"base": base, "llama_cpp": llama_cpp, "component": component, "experts": experts, "name": name}
+    prints_commands = chosen.engines is not None and target == "serving"
+    used = {*chosen.takes, *(chosen.commands_take if prints_commands else ())}
     if unused := [name for name, value in further.items() if value is not None and name not in used]:
-        raise ValueError(f"`{unused[0]}` must not be given for {format}; got {unused[0]}={further[unused[0]]!r}.")
+        what = format if target == "serving" else f"{format} `target={target}`"
+        raise ValueError(f"`{unused[0]}` must not be given for {what}; got {unused[0]}={further[unused[0]]!r}.")
     taken = {name: further[name] for name in chosen.takes}
     written = chosen.export(adapter, output, options, overwrite=overwrite, **taken)
     _print_errors(written)

@@ -3,9 +3,6 @@
 from typing import Annotated
 
 from gralora.cli.options import argument, option
-from gralora.files.adapter_config import read_config
-from gralora.importing.authors import import_original
-from gralora.importing.lora import from_lora
 
 
 def import_(
@@ -26,6 +23,10 @@ def import_(
     The result computes the same update. A LoRA becomes a GraLoRA of k times its rank, whose blocks can then be
     trained independently.
     """
+    from gralora.files.adapter_config import read_config
+    from gralora.importing.authors import import_original
+    from gralora.importing.lora import from_lora
+
     if read_config(adapter).get("peft_type") == "LORA":
         imported = from_lora(adapter, output, k=k, hybrid=hybrid, r=r, overwrite=overwrite)
     else:

@@ -13,7 +13,6 @@ from gralora.cli.options import argument, option
 if TYPE_CHECKING:
     from gralora.report.inspect import LayerReport, Report
 
-_SPACE = "  "
 _NARROWEST_NAME = 12
 _NAMES_SHOWN = 4
 
@@ -73,44 +72,58 @@ def _table(report: Report, every: bool, width: int) -> Iterable[str]:
     from gralora.report.groups import by_kind, shortened
 
     groups = [(layer.target, (layer,)) for layer in report.layers] if every else list(by_kind(report.layers))
-    headings = ["r", "k", "scale", "‖ΔW‖", "‖ΔW‖/‖W‖", "eff. rank", "LoRA rank", "needed"]
-    rows = [_cells(layers) for _, layers in groups]
-    if not every:
-        headings.insert(0, "layers")
-        rows = [[str(len(layers)), *row] for row, (_, layers) in zip(rows, groups, strict=True)]
+    columns = {heading: [cell(layers) for _, layers in groups] for heading, cell in _COLUMNS.items()}
+    if every:
+        del columns["", "layers"]
     if all(layer.relative_norm is None for layer in report.layers):
-        column = headings.index("‖ΔW‖/‖W‖")
-        del headings[column]
-        for row in rows:
-            del row[column]
-    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
-    room = width - sum(n + len(_SPACE) for n in widths)
+        del columns["‖ΔW‖", "/‖W‖"]
+    columns = {heading: [*heading, *cells] for heading, cells in columns.items()}
+    widths = [max(map(len, cells)) for cells in columns.values()]
     experts = [f" ({layers[0].experts} experts)" if layers[0].experts else "" for _, layers in groups]
-    room = max(_NARROWEST_NAME, room - max(map(len, experts)))
-    names = [name + count for name, count in zip(shortened([name for name, _ in groups], room), experts, strict=True)]
-    first = max(map(len, ("target", *names)))
-    for name, row in zip(("target", *names), (headings, *rows), strict=True):
-        yield _SPACE.join([name.ljust(first), *(cell.rjust(n) for cell, n in zip(row, widths, strict=True))])
+    taken = sum(widths) + max(map(len, experts))
+    space = "  " if width - taken - 2 * len(widths) >= _NARROWEST_NAME else " "
+    room = max(_NARROWEST_NAME, width - taken - len(space) * len(widths))
+    names = zip(shortened([name for name, _ in groups], room), experts, strict=True)
+    first = ["", "target", *(name + count for name, count in names)]
+    widest = max(map(len, first))
+    for name, *row in zip(first, *columns.values(), strict=True):
+        cells = [name.ljust(widest), *(cell.rjust(n) for cell, n in zip(row, widths, strict=True))]
+        yield space.join(cells).rstrip()
 
 
-def _cells(layers: Sequence[LayerReport]) -> list[str]:
-    """Return the numbers of some layers, as ranges where they differ."""
-    hybrid = _range([layer.hybrid_r for layer in layers], str)
-    relative = [layer.relative_norm for layer in layers if layer.relative_norm is not None]
-    return [
-        _range([layer.r for layer in layers], str) + (f"+{hybrid}" if hybrid != "0" else ""),
-        _range([layer.k for layer in layers], str),
-        _range([layer.scale for layer in layers], "{:g}".format),
-        _range([layer.norm for layer in layers], "{:.3g}".format),
-        _range(relative, "{:.2%}".format),
-        _range([layer.effective_rank for layer in layers], "{:.1f}".format),
-        _range([layer.lora_rank for layer in layers], str),
-        _range([layer.needed_rank for layer in layers], str),
-    ]
-
-
-def _range(values: Sequence[float], text: Callable[[float], str]) -> str:
+def _range(values: Iterable[float], text: Callable[[float], str], coarse: Callable[[float], str] | None = None) -> str:
+    """Return one number, or the lowest and the highest in a coarser form."""
+    values = list(values)
     if not values:
         return "-"
-    low, high = text(min(values)), text(max(values))
-    return low if low == high else f"{low}–{high}"  # noqa: RUF001 (a hyphen could be of an exponent)
+    low, high = min(values), max(values)
+    if text(low) == text(high):
+        return text(low)
+    return "–".join(dict.fromkeys(map(coarse or text, (low, high))))  # noqa: RUF001 (a hyphen could be an exponent's)
+
+
+def _ranks(layers: Sequence[LayerReport]) -> str:
+    hybrid = _range((layer.hybrid_r for layer in layers), str)
+    return _range((layer.r for layer in layers), str) + (f"+{hybrid}" if hybrid != "0" else "")
+
+
+def _two_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.2g}"
+
+
+# The cells of a row by the two lines of the heading.
+_COLUMNS: dict[tuple[str, str], Callable[[Sequence[LayerReport]], str]] = {
+    ("", "layers"): lambda layers: str(len(layers)),
+    ("", "r"): _ranks,
+    ("", "k"): lambda layers: _range((layer.k for layer in layers), str),
+    ("", "scale"): lambda layers: _range((layer.scale for layer in layers), "{:g}".format),
+    ("", "‖ΔW‖"): lambda layers: _range((layer.norm for layer in layers), "{:.3g}".format, _two_digits),
+    ("‖ΔW‖", "/‖W‖"): lambda layers: _range(
+        (layer.relative_norm for layer in layers if layer.relative_norm is not None), "{:.2%}".format, "{:.1%}".format
+    ),
+    ("eff.", "rank"): lambda layers: _range(
+        (layer.effective_rank for layer in layers), "{:.1f}".format, "{:.0f}".format
+    ),
+    ("LoRA", "rank"): lambda layers: _range((layer.lora_rank for layer in layers), str),
+    ("", "needed"): lambda layers: _range((layer.needed_rank for layer in layers), str),
+}

@@ -1,15 +1,16 @@
 """`gralora merge`."""
 
-from typing import Annotated
+from __future__ import annotations
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-from rich.table import Table
+from typing import TYPE_CHECKING, Annotated
 
 from gralora.checks import dtype_name
 from gralora.cli.options import argument, option
-from gralora.export.merged_model import MergeOptions, MergeReport, merge_to_folder
-from gralora.recipe.progress import ConsoleReporter, quiet_libraries
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gralora.export.merged_model import MergeReport
 
 
 def merge(
@@ -23,13 +24,21 @@ def merge(
     weights: Annotated[
         list[float], option("Factor of each adapter's update, in their order.", "--weight", default=1)
     ] = [],  # noqa: B006
-    requantize: Annotated[bool, option("Keep the format of a quantised base.", "--requantize")] = False,
+    requantize: Annotated[
+        bool, option("Keep the format of a quantised base; excludes --dtype.", "--requantize")
+    ] = False,
     overwrite: Annotated[bool, option("Replace a model at OUTPUT.", "--overwrite")] = False,
 ) -> None:
     """Merge an adapter into its base model and write a plain transformers model.
 
     The output appears when it is complete. It is read back and compared with base + update.
     """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from gralora.export.merged_model import MergeOptions, merge_to_folder
+    from gralora.recipe.progress import ConsoleReporter, quiet_libraries
+
     options = MergeOptions(base, (adapter, *adapters), output, tuple(weights), dtype, requantize, overwrite)
     console = Console()
     columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -52,6 +61,8 @@ def _print(console: Console, report: MergeReport) -> None:
             highlight=False,
         )
     if report.requantisation:
+        from rich.table import Table
+
         table = Table("layer", "relative error against base + update", title="quantised again")
         for name, error in report.requantisation.items():
             table.add_row(name, f"{error:.2e}")

@@ -37,6 +37,7 @@ class Format:
         targets: Values of `LoraOptions.target` that the format supports.
         engines: Function that returns how programs serve the export, as `engines.lora_engines`; None if no
             command serves it.
+        commands_take: Names of the further arguments that `engines` puts into commands.
     """
 
     description: str
@@ -44,6 +45,7 @@ class Format:
     takes: tuple[str, ...] = ()
     targets: tuple[str, ...] = ("serving",)
     engines: Callable[..., list[Engine]] | None = None
+    commands_take: tuple[str, ...] = ()
 
 
 FORMATS = {
@@ -53,6 +55,7 @@ FORMATS = {
         takes=("experts",),
         targets=("serving", "peft"),
         engines=lora_engines,
+        commands_take=("base", "name"),
     ),
     "gguf": Format("a file for llama.cpp", to_gguf, takes=("base", "llama_cpp"), engines=gguf_engines),
     "diffusers": Format("a folder for diffusers", to_diffusers, takes=("component",)),

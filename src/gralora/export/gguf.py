@@ -65,6 +65,8 @@ def to_gguf(
         named = base or adapter.config.base_model_name_or_path
         if not named:
             raise ValueError(f"`base` must be given: the adapter in {adapter.where!r} names no base model.")
+        if base is None and not isinstance(source, nn.Module):
+            named = pretrained.base_of_adapter(source, named)
         location = pretrained.resolve(named, torch.bfloat16).location
         if refusal := _tied_refusal(adapter, location):
             raise ValueError(refusal)

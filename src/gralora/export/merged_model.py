@@ -94,6 +94,11 @@ def merge_to_folder(
     """
     weights = _checked_weights(options)
     dense_dtype = dtype_named(options.dtype, auto=torch.bfloat16)
+    if options.requantize and options.dtype != "auto":
+        raise ValueError(
+            "`dtype` must not be given with `requantize`, which keeps the format of the base; got "
+            f"dtype={options.dtype!r}."
+        )
     adapters = [Path(name) for name in options.adapters]
     for adapter in adapters:
         open_adapter(adapter)
