@@ -42,14 +42,20 @@ def merge(
     options = MergeOptions(base, (adapter, *adapters), output, tuple(weights), dtype, requantize, overwrite)
     console = Console()
     columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with quiet_libraries(ConsoleReporter()), Progress(*columns, console=Console(stderr=True)) as progress:
+    progress = Progress(*columns, console=Console(stderr=True))
 
-        def on_layer(done: int, total: int) -> None:
-            # Not before the first layer: a refusal would leave an empty bar behind.
-            bar = progress.task_ids[0] if progress.task_ids else progress.add_task("merging")
-            progress.update(bar, completed=done, total=total)
+    def on_layer(done: int, total: int) -> None:
+        # Not before the first layer: a refusal would leave an empty line behind.
+        progress.start()
+        bar = progress.task_ids[0] if progress.task_ids else progress.add_task("merging")
+        progress.update(bar, completed=done, total=total)
 
-        report = merge_to_folder(options, on_layer)
+    with quiet_libraries(ConsoleReporter()):
+        try:
+            report = merge_to_folder(options, on_layer)
+        finally:
+            if progress.live.is_started:
+                progress.stop()
     _print(console, report)
 
 
