@@ -97,7 +97,11 @@ class Source:
                 self.location, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
         model, info = loaded
-        _check_weights(info, self.name, allow_missing)
+        if refusal := missing_weights_refusal(info, self.name):
+            if not allow_missing:
+                raise ValueError(f"{refusal} Use a model that has them, or pass `allow_missing=True`.")
+            warnings.warn(f"{refusal} The adapter does not hold them either.", stacklevel=2)
+        check_other_weights(info, self.name)
         return model
 
 
@@ -127,13 +131,14 @@ def load(
     return source.load_model(torch_dtype, load_in=load_in, attention=attention, allow_missing=allow_missing), tokenizer
 
 
-def load_adapter(model: Any, folder: str | Path, trainable: bool = False) -> Any:
+def load_adapter(model: Any, folder: str | Path, trainable: bool = False, adapter_name: str = "default") -> Any:
     """Put the adapter in `folder` on `model`, and check that every tensor found its place.
 
     Args:
         model: The base model.
         folder: Folder of an adapter of any of PEFT's methods.
         trainable: Whether to train it on.
+        adapter_name: Name of the adapter on the model.
 
     Raises:
         ValueError: Tensors are missing, do not fit, or belong to no layer of the model.
@@ -142,8 +147,8 @@ def load_adapter(model: Any, folder: str | Path, trainable: bool = False) -> Any
 
     with warnings.catch_warnings(), _explained_mismatch(folder):
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
-        tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-    _check_places(tuned, folder)
+        tuned = PeftModel.from_pretrained(model, str(folder), adapter_name, is_trainable=trainable)
+    check_places(tuned, folder, adapter_name)
     return tuned
 
 
@@ -162,7 +167,7 @@ def fill_adapter(model: Any, folder: str | Path) -> None:
     with warnings.catch_warnings(), _explained_mismatch(folder):
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
         set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
-    _check_places(model, folder)
+    check_places(model, folder)
 
 
 @contextlib.contextmanager
@@ -176,14 +181,18 @@ def _explained_mismatch(folder: str | Path) -> Iterator[None]:
         raise ValueError(f"{str(folder)!r} does not fit the base model: {first.strip()}") from None
 
 
-def _check_places(tuned: Any, folder: str | Path) -> None:
-    """Check that the tensors of the adapter in `folder` are those that the adapter on `tuned` has."""
+def check_places(tuned: Any, folder: str | Path, adapter_name: str = "default") -> None:
+    """Check that the tensors of the adapter in `folder` are those that the adapter on `tuned` has.
+
+    Raises:
+        ValueError: Tensors are missing, or belong to no layer of the model.
+    """
     from peft import get_peft_model_state_dict
 
     from gralora.files.checkpoint import open_tensors
 
     stored = set(open_tensors(folder).keys())
-    expected = get_peft_model_state_dict(tuned, save_embedding_layers=False).keys()
+    expected = get_peft_model_state_dict(tuned, adapter_name=adapter_name, save_embedding_layers=False).keys()
     places = set(expected) | tuned.state_dict().keys()
     for problem, names in (
         ("lacks tensors for", expected - stored),
@@ -229,6 +238,43 @@ def base_of_adapter(adapter: str | Path, stored: str) -> str:
             "none at this path, here or in the folders around the adapter."
         )
     return stored
+
+
+def missing_weights_refusal(info: dict[str, Any], name: str) -> str | None:
+    """Return which weights of a model its files lack, or None.
+
+    Args:
+        info: What `from_pretrained` returns with `output_loading_info=True`.
+        name: Name of the model.
+    """
+    missing = sorted(info["missing_keys"])
+    if not missing:
+        return None
+    return f"`model` must be complete; {name!r} lacks {_count(missing)}, which start at random: {_listed(missing)}."
+
+
+def check_other_weights(info: dict[str, Any], name: str) -> None:
+    """Check that the weights in a model's files fit it; those that it has no place for are reported in a warning.
+
+    Args:
+        info: What `from_pretrained` returns with `output_loading_info=True` and `ignore_mismatched_sizes=True`.
+        name: Name of the model.
+
+    Raises:
+        ValueError: A weight has another shape.
+    """
+    if mismatched := sorted(info["mismatched_keys"]):
+        key, stored, wanted = mismatched[0]
+        raise ValueError(
+            f"`model` must have weights that fit its config.json; in {name!r} {key!r} has shape {list(stored)}, and "
+            f"the config says {list(wanted)}."
+        )
+    if unexpected := sorted(info["unexpected_keys"]):
+        warnings.warn(
+            f"{name!r} holds {_count(unexpected)} for which the model has no place: {_listed(unexpected)}. They are "
+            "left out.",
+            stacklevel=3,
+        )
 
 
 def check_load_in(load_in: str | None) -> None:
@@ -397,31 +443,6 @@ def _quantisation(load_in: str, dtype: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-
-
-def _check_weights(info: dict[str, Any], name: str, allow_missing: bool) -> None:
-    """Check what transformers says of a load: which weights were missing, unexpected, or of other shapes."""
-    if mismatched := sorted(info["mismatched_keys"]):
-        key, stored, wanted = mismatched[0]
-        raise ValueError(
-            f"`model` must have weights that fit its config.json; in {name!r} {key!r} has shape {list(stored)}, and "
-            f"the config says {list(wanted)}."
-        )
-    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-    if missing:
-        problem = f"{name!r} lacks {_count(missing)} of the model: {_listed(missing)}"
-        if not allow_missing:
-            raise ValueError(
-                f"`model` must be complete; {problem}. They would start at random. Use a model that has them, or pass "
-                "`allow_missing=True`."
-            )
-        warnings.warn(f"{problem}. They start at random.", stacklevel=3)
-    if unexpected:
-        warnings.warn(
-            f"{name!r} holds {_count(unexpected)} for which the model has no place: {_listed(unexpected)}. They are "
-            "left out.",
-            stacklevel=3,
-        )
 
 
 def _count(names: list[str]) -> str:

@@ -197,9 +197,10 @@ def test_a_wrong_option_is_said_in_one_line(answered, prompts_file, arguments, m
     assert (printed.out, printed.err.count("\n")) == ("", 1)
 
 
-def test_an_answer_ends_where_the_model_does(answered):
-    printed = answered("--prompt", "a" * 470, "--max-new-tokens", "200")
-    assert "since the model takes 512 with the prompt" in printed.err
+def test_an_answer_ends_where_the_model_does(lively, capsys):
+    capsys.readouterr()
+    assert run("generate", lively, "--prompt", "a" * 470, "--max-new-tokens", "200") == 0
+    assert "since the model takes 512 with the prompt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("place", ["gralora.pretrained.load", "gralora.recipe.answer.generate_ids"])

@@ -2,10 +2,10 @@ import os
 
 import pytest
 import torch
-from adapters import TOKENS, edit_tensors, run, save_base_and_adapter, truncated, tuned_base
+from adapters import TOKENS, WIDTHS, edit_tensors, run, save_base_and_adapter, truncated, tuned_base
 from conftest import randomise, tiny_llama
 from mixtures import MODELS, save_mixture_and_adapter
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from gralora import GraloraConfig, get_peft_model
@@ -128,4 +128,26 @@ def test_a_merge_of_which_nothing_can_be_read_back_fails(folders, merge, monkeyp
     status, _, err = merge()
     assert status != 0
     assert "Nothing was written: none of 'model.layers." in err
+    assert not (folders / "out").exists()
+
+
+def test_a_base_or_an_adapter_that_is_not_whole_is_refused(folders, merge):
+    weights = load_file(folders / "base/model.safetensors")
+    head = weights.pop("lm_head.weight")
+    save_file(weights, folders / "base/model.safetensors", metadata={"format": "pt"})
+    status, _, err = merge()
+    assert status == 2
+    assert "BASE must be complete; " in err
+    assert "lacks 1 weight, which start at random: 'lm_head.weight'." in err
+    weights["lm_head.weight"] = head[1:]
+    save_file(weights, folders / "base/model.safetensors", metadata={"format": "pt"})
+    assert "'lm_head.weight' has shape [63, 64], and the config says [64, 64]" in merge()[2]
+    assert not (folders / "out").exists()
+
+
+def test_an_adapter_of_another_base_is_refused(folders, merge):
+    tiny_llama(num_hidden_layers=1, **WIDTHS).save_pretrained(folders / "base")
+    status, _, err = merge()
+    assert status == 2
+    assert "must be an adapter of this base model; it holds tensors without a place in the model: '" in err
     assert not (folders / "out").exists()

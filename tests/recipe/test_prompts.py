@@ -41,6 +41,7 @@ def test_a_separator_inside_a_string_ends_no_line():
         ('{"prompt": "a", "messages": []}', "line 2 must be a JSON object with either"),
         ('{"prompt": " "}', "line 2 has an empty `prompt`"),
         ('{"prompt": 1}', "line 2 must have text or a list of messages in `prompt`"),
+        ('{"prompt": "a", "tools": [{}]}', "line 2 has `tools`, which answers here cannot call"),
         ('{"messages": "a"}', "line 2 must have a list of messages in `messages`"),
         ('{"messages": []}', "line 2 must have a list of messages in `messages`"),
         ('{"messages": ["a"]}', "line 2 must have text as `role` and `content` of message 1 of `messages`"),

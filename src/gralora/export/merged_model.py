@@ -114,13 +114,13 @@ def merge_to_folder(
         if quantised:
             model = _load_quantised(base, config, None if options.requantize else dense_dtype)
         else:
-            model = _model_class(config).from_pretrained(
-                base.location, dtype="auto" if options.dtype == "auto" else dense_dtype
-            )
-    names = [str(number) for number in range(len(adapters))]
-    tuned = PeftModel.from_pretrained(model, adapters[0], adapter_name=names[0])
+            model = _load(config, base, dtype="auto" if options.dtype == "auto" else dense_dtype)
+    # Not bare numbers, which PEFT takes for those of layers.
+    names = [f"adapter{number}" for number in range(1, len(adapters) + 1)]
+    tuned = pretrained.load_adapter(model, adapters[0], adapter_name=names[0])
     for name, folder in zip(names[1:], adapters[1:], strict=True):
         tuned.load_adapter(folder, adapter_name=name)
+        pretrained.check_places(tuned, folder, name)
     if refusal := _sum_refusal(tuned, names):
         raise ValueError(refusal)
     layers = gralora_layers(tuned.base_model.model)
@@ -182,9 +182,24 @@ def _model_class(config: Any) -> Any:
     return getattr(transformers, architectures[0], transformers.AutoModelForCausalLM)
 
 
+def _load(config: Any, base: pretrained.Source, **options: Any) -> Any:
+    """Load a base model.
+
+    Raises:
+        ValueError: Weights are missing or do not fit.
+    """
+    model, info = _model_class(config).from_pretrained(
+        base.location, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    pretrained.check_other_weights(info, base.name)
+    if refusal := pretrained.missing_weights_refusal(info, base.name):
+        raise ValueError(refusal)
+    return model
+
+
 def _load_quantised(base: pretrained.Source, config: Any, dense_dtype: torch.dtype | None) -> Any:
     """Return a quantised base model with dense weights in `dense_dtype`, or quantised as it is if that is None."""
-    model = _model_class(config).from_pretrained(base.location)
+    model = _load(config, base)
     if dense_dtype is not None:
         model = model.dequantize().to(dense_dtype)
     # transformers cannot save what it loaded quantised: the conversion that reads packed weights has no inverse.
@@ -205,10 +220,10 @@ def _sum_refusal(tuned: PeftModel, names: list[str]) -> str | None:
     if len(names) == 1:
         return None
     configs: dict[str, Any] = tuned.peft_config
-    for name, config in ((name, configs[name]) for name in names):
+    for number, config in enumerate((configs[name] for name in names), start=1):
         if config.modules_to_save or config.bias != "none" or config.trainable_token_indices:
             return (
-                f"Several adapters can be added up only if they hold factors alone; number {int(name) + 1} has whole "
+                f"Several adapters can be added up only if they hold factors alone; number {number} has whole "
                 "modules, biases or tokens of its own. Merge it alone."
             )
     return None

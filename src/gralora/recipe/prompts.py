@@ -73,6 +73,8 @@ def _conversation(line: str) -> list[Message]:
         raise ValueError("is nested too deeply") from None
     if not isinstance(item, dict) or ("prompt" in item) == ("messages" in item):
         raise ValueError("must be a JSON object with either `prompt` or `messages`")
+    if item.get("tools"):
+        raise ValueError("has `tools`, which answers here cannot call")
     if isinstance(prompt := item.get("prompt"), str):
         if not prompt.strip():
             raise ValueError("has an empty `prompt`")
