@@ -96,7 +96,7 @@ def ignored_note(fields: Iterable[str], source: str | None = None) -> tuple[str,
     if not names:
         return ()
     subject = f"field {quoted(names)} is" if len(names) == 1 else f"fields {quoted(names)} are"
-    return (f"the {subject} ignored{f' in {source!r}' if source else ''}",)
+    return (f"the {subject} ignored{f' in {source!r}' if source else ''}.",)
 
 
 def _format_of(item: Item) -> _Format:

@@ -55,8 +55,9 @@ def read_items(source: str, option: str) -> Iterator[Positioned]:
         with _explained(source, option), path.open("rb") as file:
             yield from _file_items(file, path.name)
         return
-    folder, _, split = (source, "", "") if path.is_dir() else source.rpartition(":")
-    folder, split = (folder, split) if folder else (source, "")
+    # A slice of a split has a colon as well.
+    divided = None if path.is_dir() else re.fullmatch(r"(.+?):([^/]+)", source)
+    folder, split = divided.groups() if divided else (source, "")
     if not Path(folder).expanduser().is_dir() and (
         source.endswith(_FILE_SUFFIXES) or source.startswith((".", "/", "~"))
     ):
@@ -150,18 +151,22 @@ def _json_line(line: bytes, number: int) -> Iterator[Positioned]:
 def _table_items(file: BinaryIO, delimiter: str) -> Iterator[Positioned]:
     """Yield the rows of a CSV table; empty cells are missing fields."""
     csv.field_size_limit(_LONGEST_FIELD)
-    reader = csv.reader(TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
-    header = next(reader, [])
-    repeated = [name for name in header if header.count(name) > 1]
-    if repeated:
-        raise _Unreadable(f"its header has column {repeated[0]!r} twice")
-    line = reader.line_num + 1
-    for cells in reader:
-        where, line = f"line {line}", reader.line_num + 1
-        if len(cells) == len(header):
-            yield where, {name: cell for name, cell in zip(header, cells, strict=True) if cell}
-        elif cells:
-            yield where, ValueError(f"has {len(cells)} cells; the header has {len(header)}")
+    text = TextIOWrapper(file, "utf-8-sig", newline="")
+    try:
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        header = next(reader, [])
+        if repeated := [name for name in header if header.count(name) > 1]:
+            raise _Unreadable(f"its header has column {repeated[0]!r} twice")
+        line = reader.line_num + 1
+        for cells in reader:
+            where, line = f"line {line}", reader.line_num + 1
+            if len(cells) == len(header):
+                yield where, {name: cell for name, cell in zip(header, cells, strict=True) if cell}
+            elif cells:
+                yield where, ValueError(f"has {len(cells)} cells; the header has {len(header)}")
+    finally:
+        # The file belongs to the caller, and is not closed here.
+        text.detach()
 
 
 def _parquet_items(file: BinaryIO) -> Iterator[Positioned]:
