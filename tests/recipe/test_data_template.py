@@ -42,6 +42,16 @@ def test_a_template_that_fails_says_why_in_one_line(template, messages, reason):
     assert "\n" not in str(error.value)
 
 
+def test_arguments_are_text_for_a_template_that_joins_them_with_text():
+    template = (
+        "{% for message in messages %}{{ message.content or '' }}{% for call in message.tool_calls %}"
+        "{{ call.function.name + ' ' + call.function.arguments }}{% endfor %}{% endfor %}"
+    )
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": "ü"}}}
+    messages = [QUESTION, {"role": "assistant", "tool_calls": [call]}]
+    assert render(messages, (), make_tokenizer(template)) == 'askadd {"a": "ü"}'
+
+
 def test_marks_are_found_in_the_template_that_is_used():
     assert has_marks((), make_tokenizer(MARKED_TEMPLATE))
     assert not has_marks((), make_tokenizer(CHAT_TEMPLATE))

@@ -1,5 +1,6 @@
 """Rendering conversations with the chat template, and finding the answers in the text."""
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -41,12 +42,31 @@ def apply_template(messages: Sequence[Message], tools: Sequence[dict[str, Any]],
     # Older releases of transformers give null to the template, which most templates print.
     known = [{key: value for key, value in message.items() if value is not None} for message in messages]
     try:
-        return tokenizer.apply_chat_template(known, tools=list(tools) or None, **options)
+        try:
+            return tokenizer.apply_chat_template(known, tools=list(tools) or None, **options)
+        except TypeError:
+            # Some templates join the arguments of a call, as JSON, with text.
+            if (texts := _with_arguments_as_text(known)) == known:
+                raise
+            return tokenizer.apply_chat_template(texts, tools=list(tools) or None, **options)
     except TemplateError as error:
         reason = str(error)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
     raise TemplateRefusal(f"is refused by the chat template: {' '.join(reason.split())}") from None
+
+
+def _with_arguments_as_text(messages: list[Message]) -> list[Message]:
+    def as_text(call: dict[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        return call | {"function": function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+    return [
+        message | {"tool_calls": [as_text(call) for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else message
+        for message in messages
+    ]
 
 
 def render(
