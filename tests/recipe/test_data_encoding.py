@@ -1,7 +1,15 @@
 import pytest
-from chat_templates import ALTERNATING, END_OF_TEXT, HEADERS, NO_SYSTEM, REASONING, THINKING_PROMPT
+from chat_templates import (
+    ALTERNATING,
+    END_OF_TEXT,
+    END_OF_TEXT_AND_REASONING,
+    HEADERS,
+    NO_SYSTEM,
+    REASONING,
+    THINKING_PROMPT,
+)
 from tiny_language_model import CHAT_TEMPLATE, MARKED_TEMPLATE, make_tokenizer
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from gralora import pretrained
@@ -82,6 +90,7 @@ def test_only_the_answer_is_learned_and_it_follows_the_prompt_that_generation_us
         (ALTERNATING, [" say b<|im_end|>", " say d<|im_end|>"]),
         (NO_SYSTEM, ["say b<|im_end|>\n", "say d<|im_end|>\n"]),
         (END_OF_TEXT, ["say b<|im_start|>end\n", "say d<|im_start|>end\n<|im_end|>"]),
+        (END_OF_TEXT_AND_REASONING, ["say b<|im_start|>end\n", "say d<|im_start|>end\n<|im_end|>"]),
         (THINKING_PROMPT, ["say b<|im_end|>", "say d<|im_end|>"]),
     ],
 )
@@ -189,11 +198,19 @@ def test_a_first_answer_without_a_question_is_not_learned_and_that_is_said():
 @pytest.mark.parametrize("template", [None, CHAT_TEMPLATE])
 def test_plain_text_is_learned_whole_with_an_end(template):
     tokenizer = make_tokenizer(template)
-    encoded = encode(rows_of({"text": "some text"}, {"text": "ended<|im_end|>"}), tokenizer, 100, "rows")
-    assert learned(encoded, tokenizer) == [["some text<|im_end|>"], ["ended<|im_end|>"]]
+    texts = ["some text", "ended<|im_end|>", "one<|im_end|>two"]
+    encoded = encode(rows_of(*({"text": text} for text in texts)), tokenizer, 100, "rows")
+    assert learned(encoded, tokenizer) == [["some text<|im_end|>"], ["ended<|im_end|>"], ["one<|im_end|>two<|im_end|>"]]
 
 
-def word_tokenizer(scheme="first", **tokens):
+def test_an_answer_that_the_template_leaves_out_as_it_is_empty_is_an_end():
+    silent = "{% for message in messages if message.content %}" + CHAT_TEMPLATE.partition("%}")[2]
+    tokenizer = make_tokenizer(silent)
+    encoded = encoded_of({"messages": [TWO_TURNS[0], {"role": "assistant", "content": ""}, *TWO_TURNS[2:]]}, tokenizer)
+    assert learned(encoded, tokenizer) == [["<|im_end|>"], ["say d<|im_end|>\n"]]
+
+
+def word_tokenizer():
     """A tokenizer of words, with a space in front of each, as SentencePiece's."""
     words = ["<s>", "</s>", "[INST]", "[/INST]", "<unk>", "▁", "▁a", "▁b", "a", "b", "▁c", "c"]
     tokenizer = Tokenizer(models.BPE(
@@ -201,12 +218,12 @@ def word_tokenizer(scheme="first", **tokens):
         merges=[("▁", "a"), ("▁", "b"), ("▁", "c")],
         unk_token="<unk>",
     ))  # fmt: skip
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="</s>",
-        additional_special_tokens=["<s>", "[INST]", "[/INST]"],
-        **tokens,
+        bos_token="<s>",
+        additional_special_tokens=["[INST]", "[/INST]"],
     )
     wrapped.chat_template = (
         "{{ '<s>' }}{% for message in messages %}{% if message.role == 'user' %}"
@@ -237,6 +254,18 @@ def test_a_token_that_spans_the_start_of_an_answer_is_divided_as_in_generation()
     assert tokenizer.convert_ids_to_tokens(prompt)[-1] == "▁"
     assert encoded.input_ids[0][: len(prompt)] == prompt
     assert encoded.labels[0] == [IGNORED] * len(prompt) + encoded.input_ids[0][len(prompt) :]
+
+
+def test_a_document_has_one_start_and_one_end_whatever_the_tokenizer_adds():
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    rows = [*rows_of({"text": "a b"}, {"text": "<s>a b</s>"}), *rows_of({"prompt": "a", "completion": " b"})]
+    for ids in encode(rows, tokenizer, 100, "rows").input_ids:
+        # After a token in the text, this tokenizer puts no space.
+        assert [name.strip("▁") for name in tokenizer.convert_ids_to_tokens(ids)] == ["<s>", "a", "b", "</s>"]
 
 
 def test_a_tokenizer_without_offsets_encodes_the_pieces(monkeypatch):

@@ -166,6 +166,14 @@ def test_arguments_of_a_call_are_an_object(arguments):
         assert row_of(conversations=turns).answer == expected
 
 
+@pytest.mark.parametrize(
+    "call", [{"name": "now"}, {"name": "now", "arguments": None}, {"name": "now", "arguments": ""}]
+)
+def test_a_call_may_have_no_arguments(call):
+    answer = row_of(messages=[QUESTION, {"role": "assistant", "tool_calls": [call]}]).answer
+    assert answer["tool_calls"] == [{"type": "function", "function": {"name": "now", "arguments": {}}}]
+
+
 def test_the_roles_of_sharegpt():
     call = json.dumps({"name": "add", "arguments": {}})
     turns = [

@@ -35,6 +35,12 @@ def test_the_share_is_kept_and_the_seed_decides():
     assert parts[0] != parts[2]
 
 
+def test_the_smallest_group_of_equal_rows_is_set_aside_where_none_fits():
+    for seed in range(5):
+        training, validation = split_rows(rows_of([1, 1, 1, 2, 2]), 0.1, seed)
+        assert [len(training), len(validation)] == [3, 2]
+
+
 @pytest.mark.parametrize("answers", [[1], [1, 1, 1]])
 def test_equal_rows_cannot_be_divided(answers):
     with pytest.raises(ValueError, match=rf"at least two different rows; got {len(answers)} rows, 1 different"):

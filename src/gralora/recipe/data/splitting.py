@@ -26,7 +26,7 @@ def split_rows(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row],
         raise ValueError(f"`validation_share` must be between 0 and 1; got validation_share={share!r}.")
     equal_rows: dict[str, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
-        equal_rows[json.dumps([row.messages, row.tools], sort_keys=True, default=str)].append(index)
+        equal_rows[json.dumps([row.messages, row.tools], default=str)].append(index)
     if len(equal_rows) < 2:
         raise ValueError(
             f"`validation_share` needs at least two different rows; got {len(rows)} rows, {len(equal_rows)} different."
