@@ -59,6 +59,6 @@ def test_the_length_of_a_run_decides_about_warmup_evaluations_and_checkpoints(tm
 
 
 def test_a_tracker_that_is_not_installed_is_named_before_anything_is_loaded(monkeypatch):
-    monkeypatch.setattr("gralora.optional.importlib.util.find_spec", lambda name: None if name == "wandb" else True)
-    with pytest.raises(ImportError, match=r"wandb must be installed for this"):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else True)
+    with pytest.raises(ImportError, match=r"`log_to=wandb` needs wandb, .* Run: pip install wandb"):
         train(TrainingOptions(log_to="wandb", model="./nowhere"), Recorder())

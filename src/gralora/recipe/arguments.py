@@ -1,11 +1,11 @@
 """The arguments of TRL's trainer, made from the options of a run."""
 
 import difflib
+import importlib.util
 import math
 from dataclasses import fields
 from typing import Any
 
-from gralora.optional import require
 from gralora.recipe.options import TrainingOptions
 
 # Fields of SFTConfig that an option of ours sets.
@@ -106,7 +106,8 @@ def require_trackers(options: TrainingOptions) -> None:
         ImportError: One is not; the message has the command that installs it.
     """
     for tracker in options.log_to:
-        require(tracker, extra=tracker)
+        if importlib.util.find_spec(tracker) is None:
+            raise ImportError(f"`log_to={tracker}` needs {tracker}, which is not installed. Run: pip install {tracker}")
 
 
 def make_arguments(options: TrainingOptions, folder: str, has_validation: bool, several_processes: bool = False) -> Any:
