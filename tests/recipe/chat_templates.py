@@ -57,8 +57,6 @@ END_OF_TEXT = (
     "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_start|>end\n' }}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- else -%}{{ eos_token }}{%- endif -%}"
 )
-# Does both: the end-of-text token, and reasoning that only generation opens.
-END_OF_TEXT_AND_REASONING = END_OF_TEXT.replace("assistant\n' }}{%- else", "assistant\n<think>' }}{%- else")
 # Opens an answer with reasoning for generation, and without it in a conversation.
 THINKING_PROMPT = (
     "{%- for message in messages -%}"

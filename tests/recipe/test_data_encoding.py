@@ -1,13 +1,5 @@
 import pytest
-from chat_templates import (
-    ALTERNATING,
-    END_OF_TEXT,
-    END_OF_TEXT_AND_REASONING,
-    HEADERS,
-    NO_SYSTEM,
-    REASONING,
-    THINKING_PROMPT,
-)
+from chat_templates import ALTERNATING, END_OF_TEXT, HEADERS, NO_SYSTEM, REASONING, THINKING_PROMPT
 from tiny_language_model import CHAT_TEMPLATE, MARKED_TEMPLATE, make_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -90,7 +82,6 @@ def test_only_the_answer_is_learned_and_it_follows_the_prompt_that_generation_us
         (ALTERNATING, [" say b<|im_end|>", " say d<|im_end|>"]),
         (NO_SYSTEM, ["say b<|im_end|>\n", "say d<|im_end|>\n"]),
         (END_OF_TEXT, ["say b<|im_start|>end\n", "say d<|im_start|>end\n<|im_end|>"]),
-        (END_OF_TEXT_AND_REASONING, ["say b<|im_start|>end\n", "say d<|im_start|>end\n<|im_end|>"]),
         (THINKING_PROMPT, ["say b<|im_end|>", "say d<|im_end|>"]),
     ],
 )

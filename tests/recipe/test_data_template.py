@@ -76,6 +76,15 @@ def test_a_conversation_that_changes_before_its_answer_is_refused():
         render_answers([QUESTION, ANSWER], (), make_tokenizer(template), [1])
 
 
+def test_an_end_of_text_where_the_answer_would_be_is_no_change():
+    template = (
+        "{% for message in messages %}{{ message.content }}{% endfor %}"
+        "{{ '|' if add_generation_prompt else eos_token }}"
+    )
+    (rendering,) = render_answers([QUESTION, ANSWER], (), make_tokenizer(template), [1])
+    assert (rendering.text, rendering.answers) == ("asksay<|im_end|>", ((3, 16),))
+
+
 def test_nothing_comes_before_a_first_message():
     with pytest.raises(TemplateRefusal, match="begins with an answer"):
         render_answers([ANSWER], (), make_tokenizer(), [0])
