@@ -186,6 +186,12 @@ def test_a_missing_file_is_an_error():
             items(name)
 
 
+def test_a_file_has_no_splits(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(LINES)
+    with pytest.raises(ValueError, match=r"`data` must name a file without a split; got '.*rows.jsonl:train'"):
+        items(tmp_path / "rows.jsonl:train")
+
+
 def test_a_folder_of_files_is_read_as_a_dataset(tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()

@@ -58,6 +58,8 @@ def read_items(source: str, option: str) -> Iterator[Positioned]:
     # A slice of a split has a colon as well.
     divided = None if path.is_dir() else re.fullmatch(r"(.+?):([^/]+)", source)
     folder, split = divided.groups() if divided else (source, "")
+    if Path(folder).expanduser().is_file():
+        raise ValueError(f"`{option}` must name a file without a split; got {source!r}.")
     if not Path(folder).expanduser().is_dir() and (
         source.endswith(_FILE_SUFFIXES) or source.startswith((".", "/", "~"))
     ):
