@@ -12,10 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_gpt2, tiny_llama, tiny_opt
+from tiny_language_model import save_model, write_rows
 
 from gralora import GraloraConfig, unregister_kind
 from gralora.cli import build_command
 from gralora.export.engines import VLLM_RANKS
+from gralora.recipe.arguments import trainer_refusal
+from gralora.recipe.options import TrainingOptions
+from gralora.recipe.options_file import read_options_file
 from gralora.tuner.fused import FEW_TOKENS
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +59,22 @@ def test_python_runs_as_printed(tmp_path, monkeypatch):
             scope["model"] = tiny_opt()
         exec(compile(code, "README.md", "exec"), scope)
     assert (tmp_path / "gralora_adapter/adapter_model.safetensors").is_file()
+
+
+def test_python_of_the_training_page_runs_as_printed(tmp_path, monkeypatch):
+    save_model(tmp_path / "model")
+    write_rows(tmp_path / "rows.jsonl")
+    monkeypatch.chdir(tmp_path)
+    for code in blocks("python", (ROOT / "docs" / "training.md").read_text()):
+        exec(compile(code, "training.md", "exec"), {})
+    assert (tmp_path / "my-adapter/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("text", blocks("yaml", (ROOT / "docs" / "training.md").read_text()))
+def test_configuration_files_are_understood(text, tmp_path):
+    (tmp_path / "run.yaml").write_text(text)
+    options = TrainingOptions(**read_options_file(str(tmp_path / "run.yaml")))
+    assert trainer_refusal(options) is None
 
 
 @pytest.mark.filterwarnings("ignore:`target_modules='all-linear'` adapts the experts too:UserWarning")
