@@ -6,6 +6,7 @@ import pytest
 from runs import Recorder, adapter_bytes, contents, interrupt, stop_at_once
 from tiny_language_model import write_rows
 
+from gralora.recipe.processes import Processes
 from gralora.recipe.resume import RunState, last_checkpoint
 from gralora.recipe.run_folder import RunFolder
 from gralora.recipe.training import resume_run, train
@@ -151,7 +152,8 @@ def test_a_run_of_an_earlier_version_is_resumed(options, unbroken, tmp_path):
     train(options(), Recorder(1, interrupt))
     output = tmp_path / "out"
     stored = json.loads((output / "run.json").read_text())
-    assert stored.keys() == {"options", "threads", "data_sha256"}
+    assert stored.keys() == {"options", "threads", "data_sha256", "processes", "kind"}
+    del stored["processes"], stored["kind"]
     del stored["options"]["gradient_checkpointing"]
     (output / "run.json").write_text(json.dumps(stored))
     assert resume_run(str(tmp_path / "out")).losses == unbroken[0].losses
@@ -169,7 +171,7 @@ def test_the_base_model_is_scored_once_in_a_run(options, tmp_path):
 
 
 def test_a_state_is_read_back_as_it_was_written(options, tmp_path):
-    state = RunState.start(options(), "a hash")
+    state = RunState.start(options(), "a hash", Processes())
     state.write(RunFolder(str(tmp_path)))
     assert RunState.read(str(tmp_path)) == state
 

@@ -7,6 +7,7 @@ def test_asking_whether_a_run_may_write_here_makes_no_folder(tmp_path):
     folder = RunFolder(str(tmp_path / "new"))
     assert folder.new_run_refusal() is None
     assert not folder.path.exists()
+    folder.claim()
     folder.prepare()
     assert folder.new_run_refusal() is None
     (folder.path / "mine").touch()

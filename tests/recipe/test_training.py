@@ -51,7 +51,7 @@ def test_a_run_writes_an_adapter_that_peft_loads_and_its_papers(options, base_mo
 def test_the_base_keeps_its_dtype_and_the_adapter_is_float32(options, monkeypatch):
     seen = {}
 
-    def look(self, path):
+    def look(self, path, tensors):
         seen.update({name: p.dtype for name, p in self.model.named_parameters()})
 
     monkeypatch.setattr(training._Run, "_save_adapter", look)
