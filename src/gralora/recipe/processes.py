@@ -209,8 +209,10 @@ def _connected() -> Any:
     if _wanted("DEEPSPEED") and importlib.util.find_spec("deepspeed") is None:
         raise ImportError("deepspeed must be installed for this. Run: pip install deepspeed")
     from accelerate import DistributedType, PartialState
+    from accelerate.state import AcceleratorState
 
     _meet_anew()
+    AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier run, as the Trainer does by itself
     state = PartialState(cpu=_wanted("CPU"), timeout=_TIMEOUT)
     if state.num_processes > 1:
         return state

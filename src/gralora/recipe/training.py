@@ -168,7 +168,7 @@ def _carry_out(
         processes = Processes()
         claimed = False
 
-        def claim_and_begin() -> _Beginning:
+        def claim_and_begin() -> tuple[TrainingOptions, RunState | None, str]:
             nonlocal claimed
             # What is no folder, or no run, is not to be claimed.
             reason = resume_refusal(output) if resumes else folder.path.is_file() and folder.new_run_refusal()
@@ -183,15 +183,15 @@ def _carry_out(
                 folder.release()
                 raise
             claimed = True
-            return begun
+            return *begun, str(folder.path)
 
         try:
-            options, state = processes.from_main(claim_and_begin)
+            options, state, path = processes.from_main(claim_and_begin)
             if options.threads:
                 torch.set_num_threads(options.threads)
             way_out = "Free some space, then continue with `resume_run`, or start again."
             with explaining_full_disk(folder.path, way_out):
-                run = _Run(options, folder, state, reporter, signals, processes)
+                run = _Run(options, RunFolder(path), state, reporter, signals, processes)
                 run.load()
                 return run.carry_out()
         finally:
