@@ -2,6 +2,7 @@ import contextlib
 import importlib
 import inspect
 import os
+import signal
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,6 +24,8 @@ from gralora.tuner.blocks import Factors
 
 pytest.register_assert_rewrite("contract")
 torch.set_num_threads(2)
+# A shell ignores it for jobs in the background, and what is ignored stays ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -38,6 +38,7 @@ def test_no_help_line_is_wider_than_a_terminal(verb, capsys, monkeypatch):
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
-def test_completion_is_offered(capsys):
-    assert run("--show-completion", "bash") == 0
-    assert "_GRALORA_COMPLETE" in capsys.readouterr().out
+def test_the_shell_completes(monkeypatch, capsys):
+    monkeypatch.setenv("_GRALORA_COMPLETE", "source_bash")
+    assert run() == 0
+    assert "_GRALORA_COMPLETE=complete_bash" in capsys.readouterr().out

@@ -1,12 +1,14 @@
 import json
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
-from runs import Recorder, adapter_bytes, contents, interrupt, stop_at_once
+from runs import SETTINGS, Recorder, adapter_bytes, contents, interrupt, stop_at_once
 from tiny_language_model import write_rows
 
 from gralora.recipe.processes import Processes
+from gralora.recipe.options import TrainingOptions
 from gralora.recipe.resume import RunState, last_checkpoint
 from gralora.recipe.run_folder import RunFolder
 from gralora.recipe.training import resume_run, train
@@ -30,6 +32,17 @@ def test_an_interrupted_run_ends_as_an_unbroken_one_bit_for_bit(options, unbroke
     assert adapter_bytes(tmp_path / "out") == unbroken[1]
 
 
+@pytest.fixture(scope="module")
+def died(base_model, rows_file, tmp_path_factory):
+    """The folder of a run that died after its checkpoints of steps 4 and 6."""
+    output = tmp_path_factory.mktemp("died") / "out"
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            TrainingOptions(**SETTINGS, model=base_model, data=rows_file, output=str(output)), Recorder(7, stop_at_once)
+        )
+    return output
+
+
 def cut(name):
     def damage(checkpoint):
         file = checkpoint / name
@@ -48,21 +61,26 @@ def cut(name):
         lambda checkpoint: (checkpoint / "rng_state.pth").write_bytes(b""),
     ],
 )
-def test_a_run_that_died_goes_on_from_its_last_whole_checkpoint(options, unbroken, tmp_path, damage):
-    with pytest.raises(KeyboardInterrupt):
-        train(options(), Recorder(7, stop_at_once))
-    folder = RunFolder(str(tmp_path / "out"))
-    newest, _ = last_checkpoint(folder)
-    assert newest.step == 6
+def test_a_checkpoint_that_is_not_whole_is_passed_over(died, tmp_path, damage):
+    output = shutil.copytree(died, tmp_path / "out")
+    folder = RunFolder(str(output))
+    newest, problems = last_checkpoint(folder)
+    assert (newest.step, problems) == (6, [])
     damage(newest.path)
     older, problems = last_checkpoint(folder)
     assert older.step == 4
-    recorder = Recorder()
-    assert resume_run(str(tmp_path / "out"), reporter=recorder).losses == unbroken[0].losses
+    assert len(problems) == 1
     assert problems[0].startswith("checkpoint-6: ")
-    assert f"note: {problems[0]}; the checkpoint is not used" in recorder.notes
+
+
+def test_a_run_that_died_goes_on_from_its_last_whole_checkpoint(died, unbroken, tmp_path):
+    output = shutil.copytree(died, tmp_path / "out")
+    cut("optimizer.pt")(output / "checkpoints" / "checkpoint-6")
+    recorder = Recorder()
+    assert resume_run(str(output), reporter=recorder).losses == unbroken[0].losses
+    assert "note: checkpoint-6: optimizer.pt is not whole; the checkpoint is not used" in recorder.notes
     assert "note: the run goes on from step 4" in recorder.notes
-    assert adapter_bytes(tmp_path / "out") == unbroken[1]
+    assert adapter_bytes(output) == unbroken[1]
 
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_over(options, unbroken, tmp_path):

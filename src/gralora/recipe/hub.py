@@ -29,7 +29,7 @@ def check_access(repository: str) -> None:
 
 
 def upload(folder: Path, repository: str) -> str:
-    """Upload an adapter's folder, without checkpoints and logs, and return the address of the repository.
+    """Upload the adapter, its card and its curve, and return the address of the repository.
 
     Raises:
         RuntimeError: The upload failed; the folder is complete all the same.
@@ -39,7 +39,8 @@ def upload(folder: Path, repository: str) -> str:
     api = HfApi()
     try:
         created = api.create_repo(repository, exist_ok=True)
-        ignored = ["checkpoints/**", "logs/**", ".*", "run.json"]
+        # The options name files and folders of this machine.
+        ignored = ["checkpoints/**", "logs/**", ".*", "run.json", "config.yaml", "metrics.json"]
         api.upload_folder(folder_path=folder, repo_id=created.repo_id, ignore_patterns=ignored)
         return str(created)
     except _ERRORS as error:
