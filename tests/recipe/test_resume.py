@@ -7,8 +7,8 @@ import pytest
 from runs import SETTINGS, Recorder, adapter_bytes, contents, interrupt, stop_at_once
 from tiny_language_model import write_rows
 
-from gralora.recipe.processes import Processes
 from gralora.recipe.options import TrainingOptions
+from gralora.recipe.processes import Processes
 from gralora.recipe.resume import RunState, last_checkpoint
 from gralora.recipe.run_folder import RunFolder
 from gralora.recipe.training import resume_run, train
