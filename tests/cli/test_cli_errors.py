@@ -75,7 +75,7 @@ def test_python_arguments_are_told_as_flags(name, message, told):
     assert with_flags(message, verb(name)) == told
 
 
-@pytest.mark.parametrize("name", ["export", "generate", "import", "inspect", "merge", "train"])
+@pytest.mark.parametrize("name", ["chat", "export", "generate", "import", "inspect", "merge", "train"])
 def test_every_parameter_of_every_verb_has_a_spelling(name):
     command = verb(name)
     for parameter in command.params:
