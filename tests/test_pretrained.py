@@ -252,6 +252,8 @@ def test_a_gguf_file_is_converted_once_and_computes_what_it_did(monkeypatch, tmp
     monkeypatch.setattr(pretrained, "_convert", None)
     again, _ = pretrained.load(str(gguf), "float32")
     assert torch.equal(again(ids).logits, model(ids).logits)
+    quantised, _ = pretrained.load(str(gguf), "float32", load_in="4bit")
+    assert isinstance(quantised.model.layers[0].mlp.down_proj, Linear4bit)
 
 
 def write_gguf(path):

@@ -253,6 +253,18 @@ def test_the_dtype_reaches_the_converter(tiny, tmp_path, monkeypatch):
             to_gguf(tiny, tmp_path / "out.gguf", LoraOptions(dtype=dtype))
 
 
+def test_the_base_is_found_from_another_folder(tiny, tmp_path, monkeypatch):
+    def stop(converter, arguments):
+        raise RuntimeError(" ".join(arguments))
+
+    config = tiny / "adapter_config.json"
+    config.write_text(config.read_text().replace(f'"{tmp_path / "base"}"', '"base"'))
+    monkeypatch.setattr("gralora.export.gguf._run", stop)
+    monkeypatch.chdir(tiny)
+    with pytest.raises(RuntimeError, match=f"--base {tmp_path / 'base'} --outtype"):
+        to_gguf(tiny, tmp_path / "out.gguf", LoraOptions())
+
+
 def test_refusals(tiny, tmp_path):
     cases = [
         ({"output": tmp_path / "out"}, ValueError, r"`output` must end in \.gguf"),
