@@ -54,7 +54,7 @@ def test_layers_are_grouped_by_the_kind_of_module(deep_folder, capsys):
     assert code == 0
     assert list(rows) == ["gate_proj", "q_proj"]
     assert rows["gate_proj"][:3] == ["12", "8", "2"]
-    assert rows["gate_proj"][4] == f"{min(norms):.2g}–{max(norms):.2g}"  # noqa: RUF001
+    assert rows["gate_proj"][4] == f"{min(norms):#.2g}–{max(norms):#.2g}"  # noqa: RUF001
     assert rows["q_proj"][1] == "4–8"  # noqa: RUF001
     assert rows["q_proj"][-2:] == ["8–16", "8–16"]  # noqa: RUF001
     assert "/‖W‖" not in out

@@ -108,7 +108,7 @@ def _ranks(layers: Sequence[LayerReport]) -> str:
 
 
 def _two_digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.2g}"
+    return f"{value:.0f}" if value >= 10 else f"{value:#.2g}"
 
 
 # The cells of a row by the two lines of the heading.
