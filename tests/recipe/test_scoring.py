@@ -3,6 +3,7 @@ import torch
 from tiny_language_model import make_tokenizer
 
 from gralora.recipe.data import parse_rows
+from gralora.recipe.processes import Processes
 from gralora.recipe.scoring import score_exact_match
 
 
@@ -45,3 +46,36 @@ def test_answers_are_compared_with_their_own_references(was_training):
     assert (model.batches, done) == ([2, 1], [2, 3])
     assert set(model.limits) == {len("longer") + 8}
     assert model.training is was_training
+
+
+class Second(Processes):
+    """The second of two processes, whose other one has found `others`."""
+
+    def __init__(self, others):
+        super().__init__()
+        self.count, self.rank, self.others = 2, 1, others
+
+    def gathered(self, items):
+        return [*self.others, *items]
+
+
+def test_each_process_answers_its_part_and_all_know_the_whole():
+    tokenizer = make_tokenizer()
+    model = Parrot(tokenizer)
+    rows = rows_of(("say longest", "longest"), ("say b", "b"), ("say long", "no"))
+    done = []
+    processes = Second([(1, "b"), (0, "longest")])
+    score = score_exact_match(model, tokenizer, rows, on_rows_done=done.append, processes=processes)
+    assert (model.batches, done) == ([1], [3])
+    assert score.answers == ("longest", "b", "long")
+    assert score.correct == 2
+
+
+@pytest.mark.parametrize("in_step, batches", [(True, [1]), (False, [])])
+def test_a_process_without_rows_generates_only_where_others_need_its_part_of_the_model(in_step, batches):
+    tokenizer = make_tokenizer()
+    model = Parrot(tokenizer)
+    rows = rows_of(("say b", "b"))
+    score = score_exact_match(model, tokenizer, rows, processes=Second([(0, "b")]), in_step=in_step)
+    assert model.batches == batches
+    assert score.answers == ("b",)
