@@ -445,7 +445,7 @@ class _Run:
                 ids = generate_ids(self.model, self.tokenizer, [prompt], _SAMPLE_TOKENS, in_step=share, do_sample=False)
         finally:
             self.model.train(was_training)
-        return row.prompt[-1]["content"], self.tokenizer.decode(ids[0], skip_special_tokens=True)
+        return row.prompt[-1].get("content", ""), self.tokenizer.decode(ids[0], skip_special_tokens=True)
 
     def _score_base(self) -> None:
         """Measure the score before training, once per run."""
@@ -457,7 +457,7 @@ class _Run:
     def _score_trained(self, result: TrainingResult, before: BaseScore) -> TrainingResult:
         after = self._score("after")
         example = {
-            "prompt": self.eval_rows[0].prompt[-1]["content"],
+            "prompt": self.eval_rows[0].prompt[-1].get("content", ""),
             "reference": self.eval_rows[0].completion,
             "before": before.first_answer,
             "after": after.answers[0],
