@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import command_line
 import psutil
 import pytest
 
@@ -199,3 +200,13 @@ def test_other_processes_go_on_with_as_many_rows_in_a_step(before, now, accumula
 def test_processes_that_cannot_go_on_are_refused_with_the_numbers(before, now, reason):
     with pytest.raises(ValueError, match=reason):
         state_of(*before).accumulation(Count(*now))
+
+
+@pytest.mark.parametrize("arguments", [("--nope",), ("--lr", "-1"), ("--config", "nowhere.yaml")])
+@pytest.mark.parametrize("rank, speaks", [("0", True), ("1", False)])
+def test_a_mistake_is_said_by_one_process(arguments, rank, speaks, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr("gralora.recipe.processes.time.sleep", lambda seconds: None)
+    assert command_line.run("train", *arguments) == 2
+    assert bool(capsys.readouterr().err) == speaks

@@ -6,11 +6,10 @@ A verb's file imports the library inside its function, so that `--help` does not
 import logging
 import os
 import sys
-import time
 from typing import Annotated, Any
 
 from gralora import __version__
-from gralora.recipe.processes import StoppedTogetherError
+from gralora.recipe.processes import StoppedTogetherError, give_way, is_main_process, speaks
 
 _ERRORS = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 
@@ -36,18 +35,21 @@ def main(arguments: list[str] | None = None) -> None:
         verbs = command.commands
         command(arguments, prog_name="gralora", standalone_mode=True)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        if is_main_process():
+            print("stopped", file=sys.stderr)
         sys.exit(130)
     except StoppedTogetherError:
         if os.environ.get("GRALORA_TRACEBACK"):
             raise
-        # The launcher ends the others as soon as one has ended, and the main process has yet to report.
-        time.sleep(1)
+        give_way()
         sys.exit(2)
     except _ERRORS as error:
         if os.environ.get("GRALORA_TRACEBACK"):
             raise
-        print(f"error: {_respelled(error, verbs.get(arguments[0]) if arguments else None)}", file=sys.stderr)
+        if speaks():
+            print(f"error: {_respelled(error, verbs.get(arguments[0]) if arguments else None)}", file=sys.stderr)
+        else:
+            give_way()
         sys.exit(2)
 
 

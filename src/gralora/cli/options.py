@@ -11,6 +11,8 @@ import typer
 from rich.markup import escape
 from typer.core import TyperCommand
 
+from gralora.recipe.processes import StoppedTogetherError, speaks
+
 # Where the context of a verb has the command line, for a verb that starts itself in other processes.
 ARGUMENTS = "gralora.arguments"
 _CLICK_TYPES = {tuple: list[str]}
@@ -76,7 +78,16 @@ class Verb(TyperCommand):
 
         Raises:
             BadParameter: An option with one value is given twice.
+            StoppedTogetherError: The arguments are wrong, and another process says so.
         """
+        try:
+            return self._parsed(ctx, args)
+        except typer.BadParameter.__base__ as error:  # pyright: ignore[reportGeneralTypeIssues]
+            if speaks():
+                raise
+            raise StoppedTogetherError(str(error)) from None
+
+    def _parsed(self, ctx: Any, args: list[str]) -> list[str]:
         _, _, order = self.make_parser(ctx).parse_args(args=list(args))
         for parameter in order:
             many = parameter.param_type_name == "argument" or parameter.multiple

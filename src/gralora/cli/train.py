@@ -8,7 +8,7 @@ import typer
 from gralora.cli.options import ARGUMENTS, option, with_options_of
 from gralora.recipe.options import TrainingOptions
 from gralora.recipe.options_file import option_types, overlay, read_options_file
-from gralora.recipe.processes import disconnect, is_main_process
+from gralora.recipe.processes import disconnect, give_way, is_main_process
 
 if TYPE_CHECKING:
     from gralora.recipe.progress import Reporter
@@ -90,6 +90,7 @@ def _run(output: str, options: dict[str, Any], resume: bool, dry_run: bool) -> N
             reporter.note(f"stopped. To continue: {_resume_command(output)}")
         else:
             reporter.note("stopped before the first step; nothing was written")
+        give_way()
         raise typer.Exit(130) from None
     finally:
         reporter.close()
@@ -97,6 +98,7 @@ def _run(output: str, options: dict[str, Any], resume: bool, dry_run: bool) -> N
         _print_result(result, reporter)
     disconnect()
     if result.interrupted:
+        give_way()
         raise typer.Exit(130)
 
 

@@ -7,6 +7,8 @@ about the others and connects them; the Trainer shares it. A single process neve
 import importlib.util
 import os
 import socket
+import sys
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -172,6 +174,23 @@ class Processes:
 def is_main_process() -> bool:
     """Return whether this process is the main one, before the processes are connected too."""
     return all(int(os.environ.get(name) or 0) == 0 for name in _RANKS)
+
+
+def speaks() -> bool:
+    """Return whether this process reports an error of its own.
+
+    Before the processes are connected, all fail alike, but for what differs between machines: one speaks on each.
+    """
+    if is_main_process() or os.environ.get("LOCAL_RANK") == "0":
+        return True
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def give_way() -> None:
+    """Let the main process report first: the launcher ends all others as soon as one process has ended."""
+    if not is_main_process():
+        time.sleep(1)
 
 
 def disconnect() -> None:
