@@ -3,7 +3,7 @@ import io
 import pytest
 from command_line import run
 
-from gralora.recipe.answer import Answerer
+from gralora.recipe.answering.answer import Answerer
 
 pytest_plugins = ["run_fixtures"]
 pytestmark = pytest.mark.usefixtures("one_thread")

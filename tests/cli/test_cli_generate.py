@@ -12,7 +12,7 @@ from tiny_language_model import make_config, save_mixture, save_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from gralora import GraloraConfig, get_peft_model, pretrained
-from gralora.recipe.answer import Answerer
+from gralora.recipe.answering.answer import Answerer
 
 pytest_plugins = ["run_fixtures"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -203,7 +203,7 @@ def test_an_answer_ends_where_the_model_does(lively, capsys):
     assert "since the model takes 512 with the prompt" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("place", ["gralora.pretrained.load", "gralora.recipe.answer.generate_ids"])
+@pytest.mark.parametrize("place", ["gralora.pretrained.load", "gralora.recipe.answering.answer.generate_ids"])
 def test_ctrl_c_ends_quietly_at_any_time(answered, monkeypatch, place):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_language_model import make_tokenizer, save_model
 
 from gralora import GraloraConfig, get_peft_model
-from gralora.recipe.answer import GenerationOptions, answering, generate
+from gralora.recipe.answering.answer import GenerationOptions, answering, generate
 from gralora.tuner.layer import gralora_layers
 
 pytest_plugins = ["run_fixtures"]
@@ -120,7 +120,7 @@ def test_an_adapter_is_merged_first_and_answers_the_same(adapt, config, tmp_path
     assert not [name for name in names if "gralora_" in name or "lora_" in name]
     assert answer != answer_of(adapter, use_adapter=False)[1]
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("gralora.recipe.answer._merge_refusal", lambda tuned: "of a test.")
+    monkeypatch.setattr("gralora.recipe.answering.answer._merge_refusal", lambda tuned: "of a test.")
     answerer, unmerged = answer_of(adapter)
     assert [name for name, _ in answerer.model.named_parameters() if "lora_" in name]
     assert unmerged == answer

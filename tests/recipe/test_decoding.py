@@ -3,7 +3,7 @@ import torch
 from mixtures import tiny
 from tiny_language_model import make_tokenizer
 
-from gralora.recipe.decoding import generate_ids
+from gralora.recipe.answering.decoding import generate_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,7 +7,7 @@ from runs import Recorder, adapter_bytes, interrupt
 from tiny_language_model import save_mixture, save_model
 from transformers import AutoModelForCausalLM
 
-from gralora.recipe.scoring import score_exact_match
+from gralora.recipe.answering.scoring import score_exact_match
 from gralora.recipe.training import resume_run, train
 from gralora.tuner.layer import gralora_layers
 
@@ -59,7 +59,7 @@ def test_a_run_with_router_losses_scores_before_and_after(name, options, rows_fi
         seen.append(model.config.output_router_logits)
         return score_exact_match(model, *arguments, **further)
 
-    monkeypatch.setattr("gralora.recipe.training.score_exact_match", score)
+    monkeypatch.setattr("gralora.recipe.run.score_exact_match", score)
     result = train(options(model=model, steps=1, eval=rows_file))
     assert (result.before, result.after) == (0, 0)
     assert seen == [True, True]

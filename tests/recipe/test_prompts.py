@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from gralora.recipe.prompts import parse_prompts, read_prompts
+from gralora.recipe.answering.prompts import parse_prompts, read_prompts
 
 
 def user(text):

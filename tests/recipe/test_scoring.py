@@ -2,9 +2,9 @@ import pytest
 import torch
 from tiny_language_model import make_tokenizer
 
+from gralora.recipe.answering.scoring import score_exact_match
 from gralora.recipe.data import parse_rows
 from gralora.recipe.processes import Processes
-from gralora.recipe.scoring import score_exact_match
 
 
 class Parrot(torch.nn.Module):

@@ -46,7 +46,8 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from runs import SETTINGS, Recorder
-from gralora.recipe import decoding, scoring, training
+from gralora.recipe import training
+from gralora.recipe.answering import decoding, scoring
 from gralora.recipe.options import TrainingOptions
 from gralora.recipe.steps import StepCallback
 

@@ -9,7 +9,7 @@ from runs import Recorder, adapter_bytes, interrupt
 from tiny_language_model import write_rows
 from transformers import AutoModelForCausalLM
 
-from gralora.recipe import training
+from gralora.recipe import run
 from gralora.recipe.options import TrainingOptions
 from gralora.recipe.training import resume_run, train
 
@@ -54,7 +54,7 @@ def test_the_base_keeps_its_dtype_and_the_adapter_is_float32(options, monkeypatc
     def look(self, path, tensors):
         seen.update({name: p.dtype for name, p in self.model.named_parameters()})
 
-    monkeypatch.setattr(training._Run, "_save_adapter", look)
+    monkeypatch.setattr(run.Run, "_save_adapter", look)
     train(options(dtype="bfloat16", steps=1))
     assert {dtype for name, dtype in seen.items() if "gralora" in name} == {torch.float32}
     assert {dtype for name, dtype in seen.items() if "gralora" not in name} == {torch.bfloat16}
@@ -94,7 +94,7 @@ def test_a_full_disk_is_said_and_what_was_there_stays(options, tmp_path, monkeyp
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(training, "write_loss_curve", fail)
+    monkeypatch.setattr(run, "write_loss_curve", fail)
     with pytest.raises(RuntimeError, match="The disk is full"):
         resume_run(str(output))
     assert before == {file.name: file.read_bytes() for file in output.iterdir() if file.is_file()}

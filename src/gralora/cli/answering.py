@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from gralora.cli.options import argument, option
-from gralora.recipe.generation import GenerationOptions
+from gralora.recipe.answering.generation import GenerationOptions
 
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(GenerationOptions)}
 

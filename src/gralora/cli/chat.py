@@ -6,7 +6,7 @@ from typing import Any
 
 from gralora.cli import answering
 from gralora.cli.answering import DEFAULTS, ending_quietly, note, write
-from gralora.recipe.generation import GenerationOptions
+from gralora.recipe.answering.generation import GenerationOptions
 
 _COMMANDS = "/reset forgets the conversation, /system TEXT sets the system prompt, /quit or Ctrl-D ends"
 _COMMAND = re.compile(r"/(\w+)(?:\s+(.*))?")
@@ -47,8 +47,8 @@ def chat(
         seed=seed,
     )
     with ending_quietly():
-        from gralora.recipe.answer import answering as opened
-        from gralora.recipe.chat import Chat
+        from gralora.recipe.answering.answer import answering as opened
+        from gralora.recipe.answering.chat import Chat
 
         with opened(options) as answerer:
             answerer.require_chat_template()

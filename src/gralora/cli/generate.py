@@ -7,8 +7,8 @@ from typing import Annotated, Any
 from gralora.cli import answering
 from gralora.cli.answering import DEFAULTS, ending_quietly, note, write
 from gralora.cli.options import option
-from gralora.recipe.generation import GenerationOptions
-from gralora.recipe.prompts import Message, parse_prompts, read_prompts
+from gralora.recipe.answering.generation import GenerationOptions
+from gralora.recipe.answering.prompts import Message, parse_prompts, read_prompts
 
 _FORMATS = ("text", "jsonl")
 
@@ -70,7 +70,7 @@ def generate(
         seed=seed,
     )
     with ending_quietly():
-        from gralora.recipe import answer
+        from gralora.recipe.answering import answer
 
         answer.checked_base_model(options)  # a wrong folder is reported before a prompt is read
         if prompts is not None:
@@ -87,7 +87,7 @@ def _conversations(prompts: str) -> list[list[Message]]:
 
 
 def _answer_all(options: GenerationOptions, conversations: list[list[Message]], as_json: bool) -> None:
-    from gralora.recipe.answer import answering as opened
+    from gralora.recipe.answering.answer import answering as opened
 
     with opened(options) as answerer:
         for number, answer in enumerate(answerer.answers(conversations)):

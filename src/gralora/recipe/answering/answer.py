@@ -10,11 +10,11 @@ import torch
 from gralora import pretrained
 from gralora.files.adapter_config import read_config
 from gralora.files.checkpoint import open_adapter, open_tensors
+from gralora.recipe.answering.decoding import generate_ids
+from gralora.recipe.answering.generation import GenerationOptions
+from gralora.recipe.answering.prompts import Message
 from gralora.recipe.data import TemplateRefusal, encode_prompt
-from gralora.recipe.decoding import generate_ids
-from gralora.recipe.generation import GenerationOptions
 from gralora.recipe.progress import Reporter, quiet_libraries
-from gralora.recipe.prompts import Message
 from gralora.tuner.layer import gralora_layers
 
 

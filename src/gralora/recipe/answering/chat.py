@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from gralora.recipe.answer import Answerer
-from gralora.recipe.prompts import Message
+from gralora.recipe.answering.answer import Answerer
+from gralora.recipe.answering.prompts import Message
 
 _SHARE_FOR_ANSWER = 4  # an answer gets at least this part of what the model takes
 

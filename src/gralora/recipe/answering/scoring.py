@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gralora.recipe.answering.decoding import generate_ids
 from gralora.recipe.data import Row, encode_prompt
-from gralora.recipe.decoding import generate_ids
 from gralora.recipe.processes import Processes
 
 _SLACK = 8  # number of tokens that an answer may be longer than the longest reference
