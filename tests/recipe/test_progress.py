@@ -29,3 +29,23 @@ def test_without_a_terminal_there_are_lines_and_the_last_one_always(capsys):
         reporter.scoring("before", done, 2)
     reporter.close()
     assert capsys.readouterr().out.splitlines() == ["scoring before 0/2", "scoring before 2/2"]
+
+
+def test_a_log_file_gets_the_time_left(capsys, monkeypatch):
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr("gralora.recipe.progress.time.monotonic", lambda: next(clock))
+    reporter = ConsoleReporter()
+    for done in (0, 1, 2, 3):
+        reporter.scoring("before", done, 3)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "scoring before 0/3"
+    assert all(line.endswith(" left") for line in lines[1:-1])
+    assert lines[-1] == "scoring before 3/3"
+
+
+def test_libraries_speak_when_they_are_asked_to(monkeypatch):
+    monkeypatch.setenv("GRALORA_VERBOSE", "1")
+    level = logging.getLogger("transformers").level
+    with quiet_libraries(Recorder()):
+        assert logging.getLogger("transformers").level == level
+        assert transformers_logging.is_progress_bar_enabled()

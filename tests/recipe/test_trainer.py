@@ -84,6 +84,15 @@ def test_four_bits_train_a_float32_adapter(options, tmp_path):
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
+def test_mixed_precision_computes_in_bfloat16_over_float32_weights(options, tmp_path):
+    recorder = Recorder()
+    plain = train(options(output=str(tmp_path / "plain"), steps=2))
+    mixed = train(options(steps=2, mixed_precision="bf16"), recorder)
+    assert recorder.summary.dtype == "float32"
+    assert mixed.losses != plain.losses
+    assert mixed.losses == pytest.approx(plain.losses, rel=1e-2)  # bfloat16 has eight bits
+
+
 def test_an_attention_implementation_is_chosen(options, monkeypatch):
     seen = []
     monkeypatch.setattr(Recorder, "ready", lambda self, summary: seen.append(summary))

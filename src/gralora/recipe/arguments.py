@@ -123,6 +123,7 @@ def make_arguments(options: TrainingOptions, folder: str, has_validation: bool, 
         ValueError: TRL or transformers refuse a field of `trainer`.
     """
     import torch
+    from accelerate import PartialState
     from trl import SFTConfig  # pyright: ignore[reportPrivateImportUsage]
 
     settings: dict[str, Any] = {
@@ -161,6 +162,8 @@ def make_arguments(options: TrainingOptions, folder: str, has_validation: bool, 
         "bf16": options.mixed_precision == "bf16",
         "fp16": options.mixed_precision == "fp16",
     }
+    if options.mixed_precision == "bf16" and PartialState().device.type == "cpu":
+        settings["use_cpu"] = True  # transformers wants to be told that there is nothing else
     if several_processes:
         given = options.trainer.get("accelerator_config") or {}
         settings["accelerator_config"] = {**given, "use_configured_state": True}
