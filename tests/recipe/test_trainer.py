@@ -5,7 +5,8 @@ import pytest
 import torch
 from runs import Recorder, adapter_bytes
 from safetensors.torch import load_file
-from tiny_language_model import write_rows
+from tiny_language_model import make_config, save_model, write_rows
+from transformers import LlamaForCausalLM
 
 from gralora.recipe.training import train
 
@@ -82,6 +83,20 @@ def test_four_bits_train_a_float32_adapter(options, tmp_path):
     assert all(math.isfinite(loss) for loss in result.losses)
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+def test_four_bits_are_trained_the_same_after_an_evaluation(options, tmp_path):
+    """On a CPU, bitsandbytes repacks the weights in evaluation mode, and no gradient goes through them any more."""
+    torch.manual_seed(7)
+    config = make_config()
+    config.update({"hidden_size": 64, "intermediate_size": 128, "head_dim": 32})
+    model = save_model(tmp_path / "model", LlamaForCausalLM(config))
+    held_out = write_rows(tmp_path / "held-out.jsonl", count=2, start=30)
+    settings = {"model": model, "load_in": "4bit", "dtype": "bfloat16", "steps": 4, "dropout": 0.0}
+    plain = train(options(output=str(tmp_path / "plain"), **settings))
+    scored = train(options(eval=held_out, eval_data=held_out, eval_steps=1, sample_every=1, **settings))
+    assert scored.losses == plain.losses
+    assert adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "plain")
 
 
 def test_mixed_precision_computes_in_bfloat16_over_float32_weights(options, tmp_path):

@@ -264,3 +264,23 @@ else:
         )
         assert run.returncode == 0, run.stdout[-4000:]
         assert "no tests ran" not in run.stdout
+
+
+def test_an_evaluation_leaves_the_gradients_of_a_4_bit_model_as_they_are():
+    """On a CPU with AVX512-BF16, bitsandbytes packs the weights in evaluation mode, without a gradient from then on."""
+
+    def gradients(evaluated):
+        torch.manual_seed(0)
+        layers = (bnb.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.bfloat16) for _ in range(2))
+        config = GraloraConfig(r=4, target_modules=["0"], init_weights=False)
+        model = get_peft_model(nn.Sequential(*layers).to("cpu"), config)
+        x = torch.randn(3, 64)
+        if evaluated:
+            with torch.no_grad():
+                model.eval()(x)
+        model.train()(x).sum().backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+
+    for one, other in zip(gradients(True), gradients(False), strict=True):
+        assert one.any()
+        assert torch.equal(one, other)

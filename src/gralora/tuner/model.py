@@ -16,6 +16,7 @@ from gralora.tuner import expert_names, replication, saving, targets, tensor_par
 from gralora.tuner.config import GraloraConfig
 from gralora.tuner.layer import GraloraLayer, gralora_layers
 from gralora.tuner.merging.dense import agreed
+from gralora.tuner.merging.quantised import keep_trainable
 from gralora.tuner.merging.sharing import sharing_in
 from gralora.tuner.targets import Places
 
@@ -95,6 +96,8 @@ class GraloraModel(BaseTuner):
             }
             config.layer_kinds = {name: record for name, record in records.items() if record} or None
             self._mark_shared_weights()
+            if not config.inference_mode:
+                keep_trainable(model)
             targets.announce_unmergeable(new)
 
     @contextmanager

@@ -161,3 +161,13 @@ def _unpacked_for_cpu(weight: Any) -> tuple[Tensor, Any]:
     state = copy(weight.quant_state)
     state.original_nested = False
     return _convert_weight_packed_for_cpu_inverse(weight.data.clone(), state)
+
+
+def keep_trainable(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights for the CPU in evaluation mode.
+
+    No gradient goes through packed weights, so that an evaluation would silently spoil the training after it.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
