@@ -296,3 +296,11 @@ def write_gguf(path):
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def test_a_model_without_a_tokenizer_says_what_is_missing(tmp_path):
+    folder = save_model(tmp_path / "model")
+    for file in Path(folder).glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"fails: it has none that can be read\. Copy the tokenizer\.json"):
+        pretrained.load(folder, "float32")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 _CHAT_TEMPLATE = "chat_template.jinja"
+_NO_TOKENIZER = "Couldn't instantiate the backend tokenizer"
 _NAMES_SHOWN = 4
 
 LoadIn = Literal["4bit", "8bit"]
@@ -471,6 +472,10 @@ class _explained:
         if not isinstance(error, Exception) or isinstance(error, MemoryError):
             return
         reason = first_sentence(str(error)) or type(error).__name__
+        if _NO_TOKENIZER in str(error):
+            reason = (
+                "it has none that can be read. Copy the tokenizer.json and tokenizer_config.json of its model there"
+            )
         if self.attention and re.search("attention|attn", str(error), re.IGNORECASE):
             raise ValueError(
                 f"`attention` must be one that the model and this machine have; got attention={self.attention!r}: "

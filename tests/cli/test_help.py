@@ -42,3 +42,11 @@ def test_the_shell_completes(monkeypatch, capsys):
     monkeypatch.setenv("_GRALORA_COMPLETE", "source_bash")
     assert run() == 0
     assert "_GRALORA_COMPLETE=complete_bash" in capsys.readouterr().out
+
+
+def test_a_mistake_in_an_option_waits_for_no_library():
+    script = "import sys; from gralora import cli; cli.main(['train', '--lr', '-1'])"
+    script = f"import atexit, sys; atexit.register(lambda: print(*sys.modules)); {script}"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    assert not HEAVY & set(run.stdout.split())

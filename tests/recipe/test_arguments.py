@@ -27,6 +27,8 @@ def test_a_field_that_is_unknown_or_ours_is_refused_with_the_way_out(fields, mes
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"optimizer": "adam"}, "got optimizer='adam'. Nearest: 'adamw_torch'."),
+        ({"optimizer": "adamw"}, "Nearest: 'adamw_torch'."),
         ({"scheduler": "cosin"}, "got scheduler='cosin'. Nearest: 'cosine'."),
         ({"optimizer": "adam"}, "got optimizer='adam'."),
     ],

@@ -90,6 +90,11 @@ def calls(arguments):
         ({"instruction": 1, "output": "b"}, "has a number as `instruction`; it must be text"),
         ({"instruction": "a", "output": "b", "history": ["c"]}, "must have pairs of a question and its answer"),
         ({"text": " "}, "has an empty `text`"),
+        ({"text": "a\ud83d"}, r"has half of a surrogate pair, '\ud83d', in the text of role 'assistant'"),
+        (
+            {"prompt": "\udc00", "completion": "b"},
+            r"has half of a surrogate pair, '\udc00', in the text of role 'user'",
+        ),
     ],
 )
 def test_a_bad_row_is_named(item, problem):

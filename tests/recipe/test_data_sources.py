@@ -261,3 +261,17 @@ def test_a_name_on_the_hub_may_have_a_configuration_and_a_split(monkeypatch, sou
 def test_a_name_that_is_neither_a_file_nor_a_dataset_is_said():
     with pytest.raises(ValueError, match=r"got 'nobody/nothing': it is not a file, and fails to load as a dataset: "):
         items("nobody/nothing")
+
+
+def test_a_folder_of_several_formats_is_not_read_in_part(tmp_path):
+    """datasets takes the commonest format and leaves the other files out without a word."""
+    folder = tmp_path / "set"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("one.jsonl", "two.jsonl", "config.json"):
+        (folder / name).write_bytes(LINES)
+    (folder / "deep" / "three.csv").write_bytes(TABLE)
+    with pytest.raises(ValueError, match=r"reads only .jsonl; it would leave out 'deep/three.csv'. Name the files"):
+        items(folder)
+    (folder / "deep" / "three.csv").unlink()
+    (folder / "config.json").unlink()
+    assert len(items(folder)) == 2 * len(ROWS)

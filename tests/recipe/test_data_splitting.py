@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gralora.recipe.data import parse_rows, split_rows
+from gralora.recipe.data import count_repeated, parse_rows, split_rows
 
 
 def rows_of(answers):
@@ -51,3 +51,8 @@ def test_equal_rows_cannot_be_divided(answers):
 def test_a_share_that_is_none_is_said(share):
     with pytest.raises(ValueError, match="`validation_share` must be between 0 and 1; got validation_share="):
         split_rows(rows_of([1, 2]), share, 0)
+
+
+def test_rows_that_are_trained_on_are_counted():
+    assert count_repeated(rows_of([1, 2, 2, 9]), rows_of([2, 1, 5])) == 3
+    assert count_repeated(rows_of([7]), rows_of([2])) == 0

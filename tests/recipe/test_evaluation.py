@@ -109,3 +109,11 @@ def test_answers_are_shown_while_training_and_change_nothing_in_it(options, unbr
     assert [(step, prompt) for step, prompt, _ in recorder.samples] == [(4, "say 0"), (8, "say 0")]
     assert result.losses == unbroken[0].losses
     assert adapter_bytes(tmp_path / "out") == unbroken[1]
+
+
+def test_held_out_rows_that_are_trained_on_are_said(options, rows_file, tmp_path):
+    recorder = Recorder()
+    other = write_rows(tmp_path / "other.jsonl", count=3, start=18)
+    train(options(steps=1, eval_data=other, eval=write_rows(tmp_path / "new.jsonl", count=1, start=40)), recorder)
+    (note,) = [note for note in recorder.notes if "trained on" in note]
+    assert note.startswith("note: 2 of the 3 rows for the evaluation loss are trained on as well")

@@ -68,5 +68,13 @@ def test_an_adapter_that_does_not_fit_is_refused(options, unbroken, tmp_path, ch
 
 
 def test_a_folder_without_an_adapter_is_refused(options, tmp_path):
-    with pytest.raises((ValueError, FileNotFoundError), match="nothing-here"):
-        train(options(**SHAPE, start_from=str(tmp_path / "nothing-here")))
+    with pytest.raises(
+        FileNotFoundError, match=r"`start_from` must be the folder of an adapter; '.*nothing-here' has no"
+    ):
+        train(options(**SHAPE, model="not-reached", start_from=str(tmp_path / "nothing-here")))
+
+
+def test_a_lora_is_refused_with_the_way_out(options, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ValueError, match=r"is a LoRA\. Convert it first: gralora import .* OUTPUT"):
+        train(options(**SHAPE, model="not-reached", start_from=str(tmp_path)))

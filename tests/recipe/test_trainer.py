@@ -122,3 +122,9 @@ def test_rows_of_several_files_are_joined(options, tmp_path):
     recorder = Recorder()
     train(options(data=(options().data[0], more), steps=1), recorder)
     assert recorder.summary.train_rows == 24
+
+
+def test_a_module_to_save_that_is_not_there_is_refused(options, tmp_path):
+    with pytest.raises(ValueError, match=r"none is called 'lm_heat'\. Nearest: 'lm_head'\."):
+        train(options(modules_to_save="lm_heat"))
+    assert not (tmp_path / "out").exists()

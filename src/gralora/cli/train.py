@@ -67,7 +67,9 @@ def train(
     _run(output, options, resume, dry_run)
 
 
-def _run(output: str, options: dict[str, Any], resume: bool, dry_run: bool) -> None:
+def _run(output: str, given: dict[str, Any], resume: bool, dry_run: bool) -> None:
+    # A mistake in an option is said before the libraries are imported, which takes seconds.
+    options = None if resume else TrainingOptions(output=output, **given)
     from gralora.recipe import training
     from gralora.recipe.malloc import keep_freed_memory
     from gralora.recipe.progress import ConsoleReporter, Reporter
@@ -76,14 +78,14 @@ def _run(output: str, options: dict[str, Any], resume: bool, dry_run: bool) -> N
     keep_freed_memory()
     reporter = ConsoleReporter() if is_main_process() else Reporter()
     try:
-        if resume:
-            result = training.resume_run(output, options, reporter)
+        if options is None:
+            result = training.resume_run(output, given, reporter)
         elif dry_run:
-            training.dry_run(TrainingOptions(output=output, **options), reporter)
+            training.dry_run(options, reporter)
             reporter.note("everything is in order; nothing was written")
             return
         else:
-            result = training.train(TrainingOptions(output=output, **options), reporter)
+            result = training.train(options, reporter)
     except KeyboardInterrupt:
         reporter.close()
         if resume_refusal(output) is None:

@@ -67,6 +67,16 @@ _UNUSED = {
     "restore_callback_states_from_checkpoint": "gralora sets it",
 }
 
+# Names by which other tools and papers call an optimizer.
+_COMMON_NAMES = {
+    "adam": "adamw_torch",
+    "adamw": "adamw_torch",
+    "adamw_hf": "adamw_torch",
+    "adamw8bit": "adamw_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "lion": "lion_32bit",
+}
+
 
 def trainer_refusal(options: TrainingOptions) -> str | None:
     """Return which field of `options.trainer` cannot be set, with the way out, or None."""
@@ -94,7 +104,7 @@ def _choice_refusal(name: str, value: str) -> str | None:
     known = [choice.value for choice in (SchedulerType if name == "scheduler" else OptimizerNames)]
     if value in known:
         return None
-    near = difflib.get_close_matches(value, known, n=1)
+    near = [_COMMON_NAMES[value]] if value in _COMMON_NAMES else difflib.get_close_matches(value, known, n=1)
     hint = f"Nearest: {near[0]!r}." if near else f"They are {', '.join(known)}."
     return f"`{name}` must be one of transformers'; got {name}={value!r}. {hint}"
 

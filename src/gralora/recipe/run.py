@@ -24,6 +24,7 @@ from gralora.recipe.data import (
     Row,
     Rows,
     check_prompts,
+    count_repeated,
     encode,
     encode_prompt,
     parse_rows,
@@ -211,6 +212,12 @@ class Run:
             train_rows = self._read(options.data, "data")
             validation_rows = self._read(options.eval_data, "eval_data")
             eval_rows = self._read(options.eval, "eval")
+            for measure, rows in (("evaluation loss", validation_rows), ("exact match", eval_rows)):
+                if repeated := count_repeated(rows, train_rows):
+                    self.reporter.note(
+                        f"note: {repeated} of the {len(rows)} rows for the {measure} are trained on as well; it says "
+                        f"nothing about them"
+                    )
         if options.validation_share is not None:
             train_rows, validation_rows = split_rows(train_rows, options.validation_share, options.seed)
         return train_rows, validation_rows, eval_rows

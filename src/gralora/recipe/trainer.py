@@ -1,5 +1,6 @@
 """TRL's SFTTrainer, as a run uses it."""
 
+import difflib
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -54,6 +55,8 @@ def make_trainer(
         validation_rows: Rows whose loss is measured during training.
         callbacks: Callbacks of the run.
     """
+    config = options.adapter_config()
+    _require_modules(model, config.modules_to_save or ())
     if options.patience is not None:
         callbacks = [*callbacks, EarlyStoppingCallback(options.patience)]
     trainer = RowsTrainer(
@@ -62,7 +65,7 @@ def make_trainer(
         train_dataset=_dataset(train_rows),
         eval_dataset=_dataset(validation_rows) if validation_rows else None,
         processing_class=tokenizer,
-        peft_config=options.adapter_config(),
+        peft_config=config,
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)
@@ -74,6 +77,17 @@ def make_trainer(
     steps = -(-batches // options.grad_accumulation)
     set_length(arguments, options, options.total_steps(steps))
     return trainer
+
+
+def _require_modules(model: Any, names: Sequence[str]) -> None:
+    """Check that each of `modules_to_save` names a module; PEFT ignores one that does not."""
+    modules = [name for name, _ in model.named_modules() if name]
+    for wanted in names:
+        if not any(name.endswith(wanted) for name in modules):
+            last = sorted({name.rpartition(".")[2] for name in modules})
+            near = difflib.get_close_matches(wanted.rpartition(".")[2], last, n=1)
+            hint = f" Nearest: {near[0]!r}." if near else ""
+            raise ValueError(f"`modules_to_save` must name modules of the model; none is called {wanted!r}.{hint}")
 
 
 def _dataset(rows: EncodedRows) -> Any:

@@ -113,9 +113,12 @@ def dry_run(options: TrainingOptions, reporter: Reporter | None = None) -> RunSu
 
 def _require_libraries(options: TrainingOptions) -> None:
     from gralora.recipe.arguments import require_trackers, trainer_refusal
+    from gralora.recipe.start import require_start
 
     require("trl", "datasets", "matplotlib", extra="train")
     require_trackers(options)
+    if options.start_from:
+        require_start(options.start_from)
     if reason := trainer_refusal(options):
         raise ValueError(reason)
     if options.push_to_hub:

@@ -16,7 +16,7 @@ from gralora.recipe.data.encoding import (
 from gralora.recipe.data.formats import parse_rows
 from gralora.recipe.data.reading import read_rows
 from gralora.recipe.data.rows import Message, Row, Rows
-from gralora.recipe.data.splitting import split_rows
+from gralora.recipe.data.splitting import count_repeated, split_rows
 from gralora.recipe.data.template import TemplateRefusal
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Rows",
     "TemplateRefusal",
     "check_prompts",
+    "count_repeated",
     "encode",
     "encode_prompt",
     "parse_rows",

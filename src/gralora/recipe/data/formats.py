@@ -65,12 +65,23 @@ class RowParser:
         item = {field: value for field, value in item.items() if value is not None}
         row_format = _format_of(item)
         row = row_format.parse(where, item)
+        _require_characters(row)
         first_where, first = self._first = self._first or (where, row_format)
         if row_format is not first:
             raise ValueError(f"has {row_format.name} where {first_where} has {first.name}; use one format")
         used = (*row_format.required, *row_format.optional)
         self.ignored_fields |= {str(field): None for field in item if field not in used}
         return row
+
+
+def _require_characters(row: Row) -> None:
+    """Check that no text has half of a surrogate pair, which JSON's escapes can write and no tokenizer takes."""
+    for message in row.messages:
+        try:
+            str(message.get("content") or "").encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])
+            raise ValueError(f"has half of a surrogate pair, {half}, in the text of role {message['role']!r}") from None
 
 
 def parse_rows(items: Iterable[tuple[str, Any]], source: str, option: str = "data") -> Rows:

@@ -24,6 +24,8 @@ STANDARD_INPUT = "-"
 Positioned = tuple[str, Any]
 
 _FILE_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".gz", ".zst", ".bz2")
+_ROW_SUFFIXES = frozenset((".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet"))
+_NOT_ROWS = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _COMPRESSIONS = {b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2"}
 _GZIP = b"\x1f\x8b"
@@ -216,6 +218,7 @@ def _load_dataset(name: str, split: str) -> Any:
         return datasets.load_dataset(path, configuration or None, split=split or "train")
     saved = any((folder / file).is_file() for file in ("state.json", "dataset_dict.json"))
     if not saved:
+        _require_all_files(folder)
         return datasets.load_dataset(str(folder), split=split or "train")
     loaded = datasets.load_from_disk(str(folder))
     if isinstance(loaded, datasets.Dataset):
@@ -225,6 +228,29 @@ def _load_dataset(name: str, split: str) -> Any:
     if (split or "train") not in loaded:
         raise _Unreadable(f"it has no split {split or 'train'!r}; its splits: {', '.join(map(repr, loaded))}")
     return loaded[split or "train"]
+
+
+def _require_all_files(folder: Path) -> None:
+    """Check that `datasets` reads every file of rows in `folder`: it reads only those of the commonest format."""
+    import datasets
+
+    if (folder / "README.md").is_file():
+        return  # it may say which files are the dataset
+    read = {
+        Path(file) for files in datasets.load_dataset_builder(str(folder)).config.data_files.values() for file in files
+    }
+    formats = {file.suffix for file in read}
+    left_out = sorted(
+        str(file.relative_to(folder))
+        for file in folder.rglob("*")
+        if file.suffix in _ROW_SUFFIXES - formats and file.name not in _NOT_ROWS and file.is_file()
+    )
+    if left_out:
+        more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+        raise _Unreadable(
+            f"it holds files of several formats, of which datasets reads only {', '.join(sorted(formats))}; it would "
+            f"leave out {', '.join(map(repr, left_out[:3]))}{more}. Name the files instead of the folder"
+        )
 
 
 def _without_nulls(value: Any) -> Any:

@@ -26,7 +26,7 @@ def split_rows(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row],
         raise ValueError(f"`validation_share` must be between 0 and 1; got validation_share={share!r}.")
     equal_rows: dict[str, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
-        equal_rows[json.dumps([row.messages, row.tools], default=str)].append(index)
+        equal_rows[_content(row)].append(index)
     if len(equal_rows) < 2:
         raise ValueError(
             f"`validation_share` needs at least two different rows; got {len(rows)} rows, {len(equal_rows)} different."
@@ -42,3 +42,13 @@ def split_rows(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row],
         held_out.update(min(groups, key=len))
     training = [row for index, row in enumerate(rows) if index not in held_out]
     return training, [rows[index] for index in sorted(held_out)]
+
+
+def count_repeated(rows: Sequence[Row], others: Sequence[Row]) -> int:
+    """Return how many of `rows` are among `others` as well."""
+    known = {_content(row) for row in others}
+    return sum(_content(row) in known for row in rows)
+
+
+def _content(row: Row) -> str:
+    return json.dumps([row.messages, row.tools], default=str)
