@@ -82,3 +82,12 @@ def test_every_parameter_of_every_verb_has_a_spelling(name):
         told = with_flags(f"`{parameter.name}`", command)
         assert told in (*parameter.opts, parameter.name.upper())
         assert told.isupper() == (parameter.param_type_name == "argument")
+
+
+def test_an_interrupt_that_no_verb_catches_is_said(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gralora.cli.train.read_options_file", interrupted)
+    assert run("train", "--config", "run.yaml") == 130
+    assert capsys.readouterr().err == "stopped\n"

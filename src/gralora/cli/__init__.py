@@ -38,6 +38,11 @@ def main(arguments: list[str] | None = None) -> None:
         if is_main_process():
             print("stopped", file=sys.stderr)
         sys.exit(130)
+    except SystemExit as end:
+        # Typer makes an interrupt an `Exit` without a word.
+        if isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt) and is_main_process():
+            print("stopped", file=sys.stderr)
+        raise
     except StoppedTogetherError:
         if os.environ.get("GRALORA_TRACEBACK"):
             raise

@@ -236,10 +236,8 @@ def _require_all_files(folder: Path) -> None:
 
     if (folder / "README.md").is_file():
         return  # it may say which files are the dataset
-    read = {
-        Path(file) for files in datasets.load_dataset_builder(str(folder)).config.data_files.values() for file in files
-    }
-    formats = {file.suffix for file in read}
+    splits: Any = datasets.load_dataset_builder(str(folder)).config.data_files
+    formats = {Path(file).suffix for files in splits.values() for file in files}
     left_out = sorted(
         str(file.relative_to(folder))
         for file in folder.rglob("*")
