@@ -17,6 +17,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ({"output_dir": "x"}, "got 'output_dir'. Use `output`."),
         ({"per_device_train_batch_size": 2}, "Use `batch_size`."),
         ({"logging_steps": 5}, "got 'logging_steps': the loss of every step is logged."),
+        ({"hub_private_repo": True}, "for a private repository, make it on the hub first."),
+        ({"fsdp": "full_shard"}, "got 'fsdp': accelerate's configuration"),
         ({"zzz": 1}, "got 'zzz'. TRL documents them."),
     ],
 )

@@ -105,6 +105,9 @@ def test_a_process_that_was_started_starts_no_others(no_launcher, monkeypatch):
     assert [launch.is_to_launch(processes) for processes in (None, 2)] == [False, False]
     with pytest.raises(ValueError, match="got processes=3, and there are 2"):
         launch.is_to_launch(3)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(ValueError, match="got processes=2, and there are 1"):
+        launch.is_to_launch(2)
 
 
 def test_numbers_that_cannot_be_started_are_refused(no_launcher, monkeypatch):

@@ -1,7 +1,9 @@
+import io
 import logging
 import warnings
 
 import pytest
+from rich.console import Console
 from runs import Recorder
 from transformers.utils import logging as transformers_logging
 
@@ -49,3 +51,14 @@ def test_libraries_speak_when_they_are_asked_to(monkeypatch):
     with quiet_libraries(Recorder()):
         assert logging.getLogger("transformers").level == level
         assert transformers_logging.is_progress_bar_enabled()
+
+
+def test_a_bar_ends_where_the_next_one_begins():
+    """A training that stops early has steps left."""
+    reporter = ConsoleReporter()
+    reporter.console = Console(force_terminal=True, file=io.StringIO())
+    for name, total in (("training", 100), ("scoring after", 20)):
+        reporter._show(name, 1, total, "")
+        (task,) = reporter._bar.tasks
+        assert (task.description, task.completed, task.total) == (name, 1, total)
+    reporter.close()

@@ -1,3 +1,6 @@
+import math
+from types import SimpleNamespace
+
 import pytest
 from runs import Recorder
 from transformers import TrainerControl
@@ -25,3 +28,14 @@ def test_a_signal_is_obeyed_at_the_end_of_a_step():
     callback.on_step_end(None, None, control)
     assert control.should_save
     assert control.should_training_stop
+
+
+def test_gradients_that_overflow_end_a_run_unless_their_scale_is_adapted():
+    state, arguments = SimpleNamespace(global_step=1), SimpleNamespace(learning_rate=1.0)
+    logs = {"loss": 1.0, "grad_norm": math.inf, "num_tokens": 5}
+    callback = StepCallback(Recorder(), Signals(print))
+    callback.on_log(arguments, state, None, logs, optimizer=SimpleNamespace(scaler=object()))
+    with pytest.raises(RuntimeError, match="grad_norm is not finite"):
+        callback.on_log(arguments, state, None, logs, optimizer=SimpleNamespace(scaler=None))
+    with pytest.raises(RuntimeError, match="training loss is not finite"):
+        callback.on_log(arguments, state, None, logs | {"loss": math.nan}, optimizer=SimpleNamespace(scaler=object()))

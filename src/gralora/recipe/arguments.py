@@ -27,6 +27,7 @@ _OWNED = {
     "bf16": "mixed_precision",
     "fp16": "mixed_precision",
     "gradient_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing": "gradient_checkpointing",
     "seed": "seed",
     "data_seed": "seed",
     "do_eval": "eval_data",
@@ -65,6 +66,19 @@ _UNUSED = {
     "ignore_data_skip": "a resumed run would see other rows",
     "save_only_model": "a run could not be resumed",
     "restore_callback_states_from_checkpoint": "gralora sets it",
+    "enable_jit_checkpoint": "a signal saves the run without it",
+    "trust_remote_code": "code of a model is not run",
+    "dataset_num_proc": "gralora encodes the rows itself",
+    "include_for_metrics": "only the loss is measured",
+    "batch_eval_metrics": "only the loss is measured",
+    **dict.fromkeys(
+        ("hub_private_repo", "hub_token", "hub_strategy", "hub_always_push", "hub_revision"),
+        "the adapter is uploaded once, at the end; for a private repository, make it on the hub first",
+    ),
+    **dict.fromkeys(
+        ("fsdp", "fsdp_config", "deepspeed", "parallelism_config", "ddp_backend", "ddp_timeout", "local_rank"),
+        "accelerate's configuration says how several processes train",
+    ),
 }
 
 # Names by which other tools and papers call an optimizer.

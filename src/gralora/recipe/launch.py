@@ -14,8 +14,8 @@ _SECONDS_TO_SAVE = "300"
 
 def launch_refusal(processes: int) -> str | None:
     """Return why this process cannot start a run of that many processes, or None."""
-    launched = int(os.environ.get("WORLD_SIZE") or 1)
-    if launched not in (1, processes):
+    launched = int(os.environ.get("WORLD_SIZE") or 0)
+    if launched not in (0, processes):
         return (
             f"`processes` must be left out where a launcher has started the processes; got processes={processes}, and "
             f"there are {launched}."
@@ -23,7 +23,7 @@ def launch_refusal(processes: int) -> str | None:
     import torch
 
     devices = torch.cuda.device_count()
-    if devices and processes > devices and launched == 1:
+    if devices and processes > devices and not launched:
         return f"`processes` must be at most the number of GPUs, {devices}; got processes={processes}."
     return None
 
@@ -39,7 +39,7 @@ def is_to_launch(processes: int | None) -> bool:
     require_integer("processes", processes)
     if reason := launch_refusal(processes):
         raise ValueError(reason)
-    return processes > 1 and "WORLD_SIZE" not in os.environ
+    return processes > 1 and not os.environ.get("WORLD_SIZE")
 
 
 def launch(arguments: list[str], processes: int) -> int:

@@ -43,6 +43,8 @@ def _activations(trainer: Any, known: set[int]) -> int:
         return tensor
 
     model = trainer.model
+    if trainer.args.gradient_checkpointing:  # the Trainer turns it on when the training begins
+        model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     was_training = model.training
     model.train()
     try:

@@ -169,6 +169,8 @@ class ConsoleReporter(Reporter):
                 self._last_line = time.monotonic()
                 self.note(f"{name} {done}/{total}  {text}{left}".rstrip())
             return
+        if self._pace.just_began:
+            self.close()  # a training that stopped early leaves its bar
         if self._bar is None:
             from rich import progress
 

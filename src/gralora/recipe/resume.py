@@ -266,12 +266,12 @@ def _damage(checkpoint: Path) -> str | None:
 
 
 def find_best_again(checkpoint: Checkpoint) -> None:
-    """Correct the path of the best checkpoint in the Trainer's state, if the folder of the run was moved."""
+    """Correct the path of the best checkpoint in the Trainer's state, if the folder of the run was moved or copied."""
     file = checkpoint.path / "trainer_state.json"
     state = json.loads(file.read_text())
     best = state.get("best_model_checkpoint")
     moved = checkpoint.path.parent / Path(best).name if best else None
-    if moved and not Path(best).is_dir() and moved.is_dir():
+    if moved and moved != Path(best) and moved.is_dir():
         with replacing_files(checkpoint.path, last=file.name) as partial:
             write_json(partial / file.name, state | {"best_model_checkpoint": str(moved)})
 

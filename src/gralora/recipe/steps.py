@@ -41,13 +41,15 @@ class StepCallback(TrainerCallback):
         """Check the loss and report the step, or the loss of an evaluation.
 
         Raises:
-            RuntimeError: The loss or the gradient norm is not finite.
+            RuntimeError: The loss is not finite, or the gradient norm of a step that is not passed over.
         """
         if "eval_loss" in logs:
             self.reporter.evaluated(state.global_step, logs["eval_loss"])
         if "loss" not in logs:
             return
-        for name in ("loss", "grad_norm"):
+        # Autocast to float16 scales the loss, and passes over a step whose scaled gradients overflow.
+        scaled = getattr(kwargs.get("optimizer"), "scaler", None) is not None
+        for name in ("loss",) if scaled else ("loss", "grad_norm"):
             if not math.isfinite(logs.get(name, 0.0)):
                 self.processes.stop(
                     f"The training {name} is not finite at step {state.global_step}: {logs[name]}. Nothing was "
