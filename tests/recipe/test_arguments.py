@@ -1,3 +1,5 @@
+import os
+
 import pytest
 from runs import Recorder
 
@@ -44,6 +46,14 @@ def test_every_other_field_reaches_the_trainer(tmp_path):
     arguments = make_arguments(TrainingOptions(trainer=fields), str(tmp_path), has_validation=False)
     assert (arguments.max_grad_norm, arguments.adam_beta2) == (0.5, 0.95)
     assert (arguments.neftune_noise_alpha, arguments.dataloader_num_workers) == (5, 1)
+
+
+@pytest.mark.parametrize(("chosen", "taken"), [(None, "bf16"), ("no", "no"), ("bf16", "bf16")])
+def test_the_option_for_mixed_precision_precedes_accelerates_configuration(chosen, taken, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    options = TrainingOptions(mixed_precision=chosen)
+    assert make_arguments(options, str(tmp_path), has_validation=False).mixed_precision == taken
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
 
 
 def test_a_value_that_transformers_refuses_is_one_line(options):

@@ -117,5 +117,5 @@ def test_the_config_has_what_the_options_say():
 def test_what_the_adapter_to_start_from_brings_is_not_given_twice():
     with pytest.raises(ValueError, match="`r` must be left out with `start_from`"):
         TrainingOptions(start_from="somewhere", r=8)
-    options = TrainingOptions(start_from="somewhere")
+    options = TrainingOptions(start_from="somewhere", model="its base")
     assert (options.r, options.k, options.alpha) == (None, None, None)

@@ -9,7 +9,7 @@ from tiny_language_model import write_rows
 
 from gralora.recipe.options import TrainingOptions
 from gralora.recipe.processes import Processes
-from gralora.recipe.resume import RunState, last_checkpoint
+from gralora.recipe.resume import Checkpoint, RunState, find_best_again, last_checkpoint
 from gralora.recipe.run_folder import RunFolder
 from gralora.recipe.training import resume_run, train
 
@@ -226,3 +226,16 @@ def test_a_refused_resume_writes_nothing(options, tmp_path):
     with pytest.raises(ValueError, match="`resume_run` needs the folder of an earlier run"):
         resume_run(str(tmp_path / "elsewhere"))
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_the_best_checkpoint_of_a_copied_run_is_its_own(tmp_path):
+    for run in ("first", "copy"):
+        for step in (2, 4):
+            folder = tmp_path / run / f"checkpoint-{step}"
+            folder.mkdir(parents=True)
+            best = {"best_model_checkpoint": str(tmp_path / "first" / "checkpoint-2")}
+            (folder / "trainer_state.json").write_text(json.dumps(best))
+    newest = tmp_path / "copy" / "checkpoint-4"
+    find_best_again(Checkpoint(4, newest))
+    stored = json.loads((newest / "trainer_state.json").read_text())
+    assert stored == {"best_model_checkpoint": str(tmp_path / "copy" / "checkpoint-2")}

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from gralora import from_lora
+from gralora.recipe.options import TrainingOptions
+from gralora.recipe.run_folder import write_json
 from gralora.recipe.training import resume_run, train
 
 pytest_plugins = ["run_fixtures"]
@@ -41,6 +44,24 @@ def test_an_imported_lora_adapter_is_trained_further(options, base_model, tmp_pa
     train(options(**SHAPE, start_from=str(tmp_path / "imported"), lr=1e-12, steps=1))
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_model), tmp_path / "out")
     torch.testing.assert_close(tuned.eval()(ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_base_model_is_that_of_the_adapter(options, unbroken, base_model, tmp_path):
+    assert TrainingOptions(start_from=unbroken[0].output).model == base_model
+    assert TrainingOptions(start_from=unbroken[0].output, model="other").model == "other"
+    (tmp_path / "nameless").mkdir()
+    config = json.loads(Path(unbroken[0].output, "adapter_config.json").read_text())
+    write_json(tmp_path / "nameless" / "adapter_config.json", config | {"base_model_name_or_path": None})
+    with pytest.raises(ValueError, match=r"`model` must be given: the adapter in .* names no base model"):
+        TrainingOptions(start_from=str(tmp_path / "nameless"))
+
+
+def test_an_adapter_of_another_method_is_refused(options, base_model, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base_model)
+    get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    with pytest.raises(ValueError, match="LORA"):
+        train(options(**SHAPE, start_from=str(tmp_path / "lora")))
+    assert not (tmp_path / "out").exists()
 
 
 def test_such_a_run_is_resumed(options, unbroken, tmp_path):

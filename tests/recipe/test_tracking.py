@@ -1,3 +1,5 @@
+import os
+
 import pytest
 from runs import Recorder, interrupt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -20,6 +22,7 @@ def test_tensorboard_reads_the_losses_of_a_run_and_of_its_continuation(options, 
     settings = {"log_to": "tensorboard", "eval_data": validation, "eval_steps": 4}
     train(options(**settings), Recorder(3, interrupt))
     result = resume_run(str(tmp_path / "out"))
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ
     logs = tmp_path / "out" / "logs"
     steps, values = zip(*scalars(logs, "train/loss"), strict=True)
     assert steps == tuple(range(1, 9))

@@ -6,6 +6,7 @@ import math
 from dataclasses import fields
 from typing import Any
 
+from gralora.recipe.environment import environment
 from gralora.recipe.options import TrainingOptions
 
 # Fields of SFTConfig that an option of ours sets.
@@ -186,13 +187,16 @@ def make_arguments(options: TrainingOptions, folder: str, has_validation: bool, 
         "bf16": options.mixed_precision == "bf16",
         "fp16": options.mixed_precision == "fp16",
     }
-    if options.mixed_precision == "bf16" and PartialState().device.type == "cpu":
-        settings["use_cpu"] = True  # transformers wants to be told that there is nothing else
+    if options.mixed_precision == "bf16" and not several_processes and PartialState().device.type == "cpu":
+        settings.setdefault("use_cpu", True)  # transformers refuses bfloat16 on a CPU that it was not told to use
     if several_processes:
         given = options.trainer.get("accelerator_config") or {}
         settings["accelerator_config"] = {**given, "use_configured_state": True}
+    # Else accelerate's launcher would decide, by this variable.
+    precision = {"ACCELERATE_MIXED_PRECISION": options.mixed_precision} if options.mixed_precision else {}
     try:
-        return SFTConfig(**settings)
+        with environment(precision):
+            return SFTConfig(**settings)
     except (TypeError, ValueError, ImportError, OSError) as error:
         raise ValueError(f"`trainer` and the options must suit transformers; it refuses them: {error}") from error
 

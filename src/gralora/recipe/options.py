@@ -42,13 +42,17 @@ class TrainingOptions:
     """Options of a training run; docs/training.md explains when to change which.
 
     Options of the adapter that are None take their defaults when the object is made, and those of the adapter in
-    `start_from` where there is one. `data`, `eval` and `eval_data` also take a single text.
+    `start_from` where there is one; so does `model`. `data`, `eval` and `eval_data` also take a single text.
 
     Raises:
         ValueError: A value breaks its rule; the message names both.
     """
 
-    model: str = _option("Model", "Base model: folder, hub name or GGUF file.", DEFAULT_MODEL)
+    model: str = _option(
+        "Model",
+        "Base model: folder, hub name or GGUF file.",
+        shown=f"{DEFAULT_MODEL}, or the one of the adapter to start from",
+    )
     dtype: str = _option("Model", "Dtype of the base model: auto, float32, bfloat16 or float16.", "auto")
     load_in: str | None = _option("Model", "Quantise the base model: 4bit or 8bit (bitsandbytes).")
     attention: str | None = _option(
@@ -140,13 +144,14 @@ class TrainingOptions:
     trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.model is None and self.start_from is None:
+            self._set("model", DEFAULT_MODEL)
         for name in ("data", "eval", "eval_data", "rank_pattern", "alpha_pattern", "k_pattern", "log_to"):
             value = getattr(self, name)
             self._set(name, (value,) if isinstance(value, str) else tuple(value or ()))
             for text in getattr(self, name):
                 require_text(name, text)
-        for name in ("output", "model"):
-            require_text(name, getattr(self, name))
+        require_text("output", self.output)
         for name in _TEXTS:
             if getattr(self, name) is not None:
                 require_text(name, getattr(self, name))
@@ -184,11 +189,32 @@ class TrainingOptions:
         self._shape()
         if self.start_from is None:
             self.adapter_config()
+        elif self.model is None:
+            self._set("model", self._base_of_start())
 
     @property
     def keeps_best(self) -> bool:
         """Whether the adapter with the lowest evaluation loss is kept."""
         return self.keep_best or self.patience is not None
+
+    def _base_of_start(self) -> str:
+        from gralora.pretrained import base_of_adapter
+
+        named = self._config_of_start().get("base_model_name_or_path")
+        if not named:
+            raise ValueError(f"`model` must be given: the adapter in {self.start_from!r} names no base model.")
+        return base_of_adapter(str(self.start_from), named)
+
+    def _config_of_start(self) -> dict[str, Any]:
+        """Return the config of the adapter to start from, which PEFT reads whatever its method and format are."""
+        from gralora.files.adapter_config import read_gralora_config
+
+        try:
+            return read_gralora_config(str(self.start_from))
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"`start_from` must be the folder of an adapter; there is none in {self.start_from!r}."
+            ) from None
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -233,6 +259,7 @@ class TrainingOptions:
         from gralora.tuner.config import GraloraConfig
 
         if self.start_from is not None:
+            self._config_of_start()
             config = GraloraConfig.from_pretrained(self.start_from)
             config.inference_mode = False
             return config
@@ -278,6 +305,7 @@ class TrainingOptions:
 
 
 _TEXTS = (
+    "model",
     "load_in",
     "attention",
     "start_from",

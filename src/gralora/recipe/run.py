@@ -1,6 +1,5 @@
 """One run from its rows to its files: what `training` begins, in every process."""
 
-import os
 import socket
 import time
 from collections import Counter
@@ -31,6 +30,7 @@ from gralora.recipe.data import (
     read_rows,
     split_rows,
 )
+from gralora.recipe.environment import environment
 from gralora.recipe.options import PACKAGED_TASK, TrainingOptions
 from gralora.recipe.processes import Processes
 from gralora.recipe.progress import Reporter, RunSummary
@@ -95,16 +95,17 @@ class Run:
         callbacks: list[Any] = [self.callback]
         if options.sample_every:
             callbacks.append(SampleCallback(options.sample_every, self._sample, reporter))
-        if "tensorboard" in options.log_to:
-            os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder.logs)
+        # The Trainer reads it when it is made.
+        logs = {"TENSORBOARD_LOGGING_DIR": str(self.folder.logs)} if "tensorboard" in options.log_to else {}
 
         def load() -> None:
             model = source.load_model(
                 dtype, load_in=options.load_in, attention=options.attention, allow_missing=options.allow_missing
             )
-            self.trainer = make_trainer(
-                options, arguments, model, self.tokenizer, self.encoded, self.validation, callbacks
-            )
+            with environment(logs):
+                self.trainer = make_trainer(
+                    options, arguments, model, self.tokenizer, self.encoded, self.validation, callbacks
+                )
             if options.start_from:
                 pretrained.fill_adapter(self.model, options.start_from)
 
