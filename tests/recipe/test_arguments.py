@@ -34,7 +34,6 @@ def test_a_field_that_is_unknown_or_ours_is_refused_with_the_way_out(fields, mes
         ({"optimizer": "adam"}, "got optimizer='adam'. Nearest: 'adamw_torch'."),
         ({"optimizer": "adamw"}, "Nearest: 'adamw_torch'."),
         ({"scheduler": "cosin"}, "got scheduler='cosin'. Nearest: 'cosine'."),
-        ({"optimizer": "adam"}, "got optimizer='adam'."),
     ],
 )
 def test_a_schedule_or_optimizer_that_transformers_lacks_is_refused(changes, message):
@@ -59,6 +58,16 @@ def test_the_option_for_mixed_precision_precedes_accelerates_configuration(chose
 def test_a_value_that_transformers_refuses_is_one_line(options):
     with pytest.raises(ValueError, match=r"`trainer` and the options must suit transformers; it refuses them: .*0to1"):
         train(options(trainer={"torch_compile_mode": "fast", "accelerator_config": "0to1.json"}))
+
+
+def test_text_for_a_number_is_refused_before_the_model_is_loaded(options):
+    with pytest.raises(ValueError, match=r"`trainer` must have a number for max_grad_norm; got 'lots'\."):
+        train(options(trainer={"max_grad_norm": "lots"}))
+
+
+def test_half_precision_without_a_gpu_is_refused(options):
+    with pytest.raises(ValueError, match=r"`mixed_precision=fp16` needs a GPU"):
+        train(options(mixed_precision="fp16"))
 
 
 def test_the_length_of_a_run_decides_about_warmup_evaluations_and_checkpoints(tmp_path):

@@ -40,7 +40,9 @@ from gralora.recipe.options import PACKAGED_TASK_STEPS, TrainingOptions
         ({"layers_to_transform": "3-1"}, "`layers_to_transform` must be numbers and ranges"),
         ({"rank_pattern": ("q_proj",)}, "`rank_pattern` must be NAME=NUMBER; got rank_pattern='q_proj'."),
         ({"k_pattern": ("q_proj=x",)}, "`k_pattern` must be NAME=NUMBER"),
-        ({"adapter": {"r": 3}}, "`adapter` must hold fields of GraloraConfig that have no option; got 'r'."),
+        ({"adapter": {"r": 3}}, "`adapter` must hold fields of GraloraConfig that have no option; got 'r'. Use `r`."),
+        ({"adapter": {"gralora_k": 3}}, "got 'gralora_k'. Use `k`."),
+        ({"adapter": {"init_wieghts": False}}, "got 'init_wieghts'. Nearest: 'init_weights'."),
         ({"adapter": {"peft_type": "LORA"}}, "`adapter` must hold fields"),
     ],
 )

@@ -128,3 +128,14 @@ def test_a_module_to_save_that_is_not_there_is_refused(options, tmp_path):
     with pytest.raises(ValueError, match=r"none is called 'lm_heat'\. Nearest: 'lm_head'\."):
         train(options(modules_to_save="lm_heat"))
     assert not (tmp_path / "out").exists()
+
+
+def test_mixed_precision_keeps_the_weights_in_float32_unless_another_dtype_is_given(options, tmp_path, monkeypatch):
+    monkeypatch.setattr("gralora.pretrained._fast_dtype", lambda: torch.bfloat16)
+    found = {}
+    for dtype, mixed in (("auto", None), ("auto", "bf16"), ("bfloat16", "bf16")):
+        recorder = Recorder()
+        output = str(tmp_path / f"{dtype}-{mixed}")
+        train(options(steps=1, dtype=dtype, mixed_precision=mixed, output=output), recorder)
+        found[dtype, mixed] = recorder.summary.dtype
+    assert found == {("auto", None): "bfloat16", ("auto", "bf16"): "float32", ("bfloat16", "bf16"): "bfloat16"}

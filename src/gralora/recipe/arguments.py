@@ -3,6 +3,7 @@
 import difflib
 import importlib.util
 import math
+import re
 from dataclasses import fields
 from typing import Any
 
@@ -82,6 +83,9 @@ _UNUSED = {
     ),
 }
 
+# Types of fields that take numbers only, as annotations spell them: "<class 'int'>" and "float | None".
+_NUMBERS = {"class", "int", "float", "None"}
+_TYPE_NAME = re.compile(r"\w+")
 # Names by which other tools and papers call an optimizer.
 _COMMON_NAMES = {
     "adam": "adamw_torch",
@@ -187,7 +191,10 @@ def make_arguments(options: TrainingOptions, folder: str, has_validation: bool, 
         "bf16": options.mixed_precision == "bf16",
         "fp16": options.mixed_precision == "fp16",
     }
-    if options.mixed_precision == "bf16" and not several_processes and PartialState().device.type == "cpu":
+    device: Any = PartialState().device
+    if options.mixed_precision == "fp16" and device.type == "cpu":
+        raise ValueError("`mixed_precision=fp16` needs a GPU; on a CPU it would change nothing. Use bf16 or no.")
+    if options.mixed_precision == "bf16" and not several_processes and device.type == "cpu":
         settings.setdefault("use_cpu", True)  # transformers refuses bfloat16 on a CPU that it was not told to use
     if several_processes:
         given = options.trainer.get("accelerator_config") or {}
@@ -216,10 +223,14 @@ def set_length(arguments: Any, options: TrainingOptions, total: int) -> None:
 def _converted(settings: dict[str, Any], config: type) -> dict[str, Any]:
     """Return `settings` with numbers where YAML reads text, such as 1e-4."""
     floats = {field.name for field in fields(config) if "float" in str(field.type)}
-    return {
-        name: float(value) if name in floats and isinstance(value, str) and _is_float(value) else value
-        for name, value in settings.items()
-    }
+    numbers = {field.name for field in fields(config) if set(_TYPE_NAME.findall(str(field.type))) <= _NUMBERS}
+    converted = dict(settings)
+    for name, value in settings.items():
+        if name in floats and isinstance(value, str) and _is_float(value):
+            converted[name] = float(value)
+        elif name in numbers and isinstance(value, str):
+            raise ValueError(f"`trainer` must have a number for {name}; got {value!r}.")
+    return converted
 
 
 def _is_float(text: str) -> bool:

@@ -1,5 +1,6 @@
 """The options of a training run: the one list that the command line, YAML files and `TrainingOptions` share."""
 
+import difflib
 import math
 import re
 from collections.abc import Sequence
@@ -287,7 +288,10 @@ class TrainingOptions:
         known = {field.name for field in fields(GraloraConfig)}
         for name, value in self.adapter.items():
             if name in settings or name not in known - _NOT_TO_BE_SET:
-                raise ValueError(f"`adapter` must hold fields of GraloraConfig that have no option; got {name!r}.")
+                raise ValueError(
+                    f"`adapter` must hold fields of GraloraConfig that have no option; got {name!r}."
+                    f"{_adapter_hint(name, known - _NOT_TO_BE_SET)}"
+                )
             settings[name] = value
         return GraloraConfig(**settings)
 
@@ -322,6 +326,15 @@ _TEXTS = (
 # Fields of GraloraConfig that PEFT or the tuner set.
 _NOT_TO_BE_SET = {"peft_type", "task_type", "auto_mapping", "peft_version", "inference_mode", "layer_kinds"}
 _NOT_TO_BE_SET |= {"base_model_name_or_path", "revision"}
+
+
+def _adapter_hint(name: str, known: set[str]) -> str:
+    """Return the option for a field of GraloraConfig, or the field whose name is nearest."""
+    owned = name.removeprefix("gralora_")
+    if name in known and owned in {field.name for field in fields(TrainingOptions)}:
+        return f" Use `{owned}`."
+    near = difflib.get_close_matches(str(name), known, n=1)
+    return f" Nearest: {near[0]!r}." if near and name not in known else ""
 
 
 def _require_choice(name: str, value: Any, choices: Sequence[str]) -> None:

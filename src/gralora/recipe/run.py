@@ -81,7 +81,7 @@ class Run:
         reporter, processes = self.reporter, self.processes
         train_rows, validation_rows, self.eval_rows = processes.from_main(self._read_rows)
         reporter.note(f"loading {self.options.model}")
-        dtype = pretrained.choose_dtype(self.options.dtype)
+        dtype = pretrained.choose_dtype(self._dtype())
         source = processes.one_per_node_first(lambda: pretrained.resolve(self.options.model, dtype))
         processes.together(lambda: self._encode_all(source, train_rows, validation_rows))
         self.state, self.checkpoint, self.more_steps = processes.from_main(self._start_or_resume)
@@ -113,6 +113,12 @@ class Run:
             load()  # the processes exchange parts of it, so that one that fails must end at once
         else:
             processes.together(load)
+
+    def _dtype(self) -> str:
+        """Return the dtype of the base model: autocast keeps it in float32, unless the user chose another one."""
+        options = self.options
+        autocast = options.mixed_precision in ("bf16", "fp16") and not options.load_in
+        return "float32" if autocast and options.dtype == "auto" else options.dtype
 
     @property
     def model(self) -> Any:
