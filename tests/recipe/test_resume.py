@@ -1,6 +1,7 @@
 import json
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from runs import SETTINGS, Recorder, adapter_bytes, contents, interrupt, stop_at
 from tiny_language_model import write_rows
 
 from gralora.recipe.options import TrainingOptions
+from gralora.recipe.options_file import read_options_file
 from gralora.recipe.processes import Processes
 from gralora.recipe.resume import Checkpoint, RunState, find_best_again, last_checkpoint
 from gralora.recipe.run_folder import RunFolder
@@ -192,6 +194,9 @@ def test_a_state_is_read_back_as_it_was_written(options, tmp_path):
     state = RunState.start(options(), "a hash", Processes())
     state.write(RunFolder(str(tmp_path)))
     assert RunState.read(str(tmp_path)) == state
+    assert "processes" not in read_options_file(str(tmp_path / "config.yaml"))
+    replace(state, processes=2).write(RunFolder(str(tmp_path)))
+    assert read_options_file(str(tmp_path / "config.yaml"))["processes"] == 2
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,8 @@ class TrainingOptions:
 
     model: str = _option(
         "Model",
-        "Base model: folder, hub name or GGUF file.",
-        shown=f"{DEFAULT_MODEL}, or the one of the adapter to start from",
+        "Base model: folder, hub name or GGUF file; with --start-from, the one that the adapter names unless given.",
+        shown=DEFAULT_MODEL,
     )
     dtype: str = _option("Model", "Dtype of the base model: auto, float32, bfloat16 or float16.", "auto")
     load_in: str | None = _option("Model", "Quantise the base model: 4bit or 8bit (bitsandbytes).")

@@ -123,7 +123,8 @@ class RunState:
             stored["stopped_early"] = True
         with replacing_files(folder.path, last=RUN_FILE) as partial:
             write_json(partial / RUN_FILE, stored)
-            (partial / "config.yaml").write_text(to_yaml(self.options), encoding="utf-8")
+            several = {"processes": self.processes} if self.processes > 1 else {}
+            (partial / "config.yaml").write_text(to_yaml(self.options | several), encoding="utf-8")
 
     def options_for(self, output: str, given: dict[str, Any] | None = None) -> TrainingOptions:
         """Return the options of the run for the folder `output`, with those of `given` that may change.

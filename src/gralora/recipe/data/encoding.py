@@ -20,9 +20,9 @@ from gralora.recipe.data.template import (
     render,
     render_answers,
 )
+from gralora.recipe.options import TRAIN_ON
 
 IGNORED = -100  # label of a token that the loss ignores
-TRAIN_ON = ("all-answers", "last-answer", "everything")
 
 _ROWS_AT_ONCE = 1000  # number of rows that are tokenised in one call
 
