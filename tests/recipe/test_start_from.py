@@ -59,7 +59,7 @@ def test_the_base_model_is_that_of_the_adapter(options, unbroken, base_model, tm
 def test_an_adapter_of_another_method_is_refused(options, base_model, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(base_model)
     get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
-    with pytest.raises(ValueError, match="LORA"):
+    with pytest.raises(ValueError, match="is a LoRA"):
         train(options(**SHAPE, start_from=str(tmp_path / "lora")))
     assert not (tmp_path / "out").exists()
 

@@ -2,12 +2,13 @@ import math
 from types import SimpleNamespace
 
 import pytest
-from runs import Recorder
+from runs import Recorder, interrupt
+from tiny_language_model import write_rows
 from transformers import TrainerControl
 
 from gralora.recipe.signals import Signals
 from gralora.recipe.steps import StepCallback
-from gralora.recipe.training import train
+from gralora.recipe.training import resume_run, train
 
 pytest_plugins = ["run_fixtures"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,3 +40,19 @@ def test_gradients_that_overflow_end_a_run_unless_their_scale_is_adapted():
         callback.on_log(arguments, state, None, logs, optimizer=SimpleNamespace(scaler=None))
     with pytest.raises(RuntimeError, match="training loss is not finite"):
         callback.on_log(arguments, state, None, logs | {"loss": math.nan}, optimizer=SimpleNamespace(scaler=object()))
+
+
+def test_an_evaluation_loss_that_is_not_finite_stops_the_run():
+    callback = StepCallback(Recorder(), Signals(print))
+    state = SimpleNamespace(global_step=3)
+    with pytest.raises(RuntimeError, match="The evaluation loss is not finite at step 3: nan"):
+        callback.on_log(None, state, None, {"eval_loss": float("nan")})
+
+
+def test_a_signal_during_the_last_step_ends_the_run_without_scoring(options, tmp_path):
+    held_out = write_rows(tmp_path / "held-out.jsonl", count=2, start=30)
+    recorder = Recorder(2, interrupt)
+    result = train(options(eval=held_out, steps=3), recorder)
+    assert (result.steps, result.interrupted, result.after) == (3, False, None)
+    assert {what for what, _, _ in recorder.scores} == {"before"}
+    assert resume_run(str(tmp_path / "out")).after is not None

@@ -9,12 +9,13 @@ from gralora.recipe.options import TrainingOptions
 from gralora.recipe.result import TrainingResult
 
 
-def render(options: TrainingOptions, config: Any, result: TrainingResult) -> str:
+def render(options: TrainingOptions, config: Any, global_batch: int, result: TrainingResult) -> str:
     """Return the model card of an adapter that `train` writes.
 
     Args:
         options: Options of the run.
         config: The adapter's `GraloraConfig`.
+        global_batch: Number of rows in a step.
         result: Result of the run.
     """
     data = (
@@ -23,11 +24,10 @@ def render(options: TrainingOptions, config: Any, result: TrainingResult) -> str
     state = f"; interrupted, the run has {result.total_steps} steps" if result.interrupted else ""
     if result.stopped_early:
         state = f"; stopped early, the evaluation loss fell no more (of {result.total_steps} steps)"
-    accumulated = f" x {options.grad_accumulation} batches" if options.grad_accumulation > 1 else ""
     facts = {
         "base model": f"`{_shown(options.model)}`",
         "data": data,
-        "steps": f"{result.steps} of {options.batch_size} rows{accumulated}{state}",
+        "steps": f"{result.steps} of {global_batch} rows{state}",
         "rank r, hybrid_r": f"{config.r}, {config.hybrid_r}",
         "blocks per side k": config.gralora_k,
         "alpha": f"{config.alpha:g}",

@@ -80,9 +80,7 @@ class TrainingOptions:
 
     r: int | None = _option("Adapter", "Rank.", shown=_SHAPE["r"], flags=("--rank",))
     hybrid_r: int | None = _option("Adapter", "Rank of the plain LoRA beside the blocks.", shown=_SHAPE["hybrid_r"])
-    alpha: float | None = _option(
-        "Adapter", "The update's scale is alpha / (r + hybrid_r).", shown="2 (r + hybrid_r), a scale of 2"
-    )
+    alpha: float | None = _option("Adapter", "The update's scale is alpha / (r + hybrid_r).", shown="2 (r + hybrid_r)")
     k: int | None = _option("Adapter", "Blocks per side of each weight; divides r.", shown=_SHAPE["k"])
     dropout: float | None = _option("Adapter", "Dropout probability of the adapter's input.", shown=_SHAPE["dropout"])
     target_modules: str | None = _option(
@@ -200,22 +198,12 @@ class TrainingOptions:
 
     def _base_of_start(self) -> str:
         from gralora.pretrained import base_of_adapter
+        from gralora.recipe.start import read_start
 
-        named = self._config_of_start().get("base_model_name_or_path")
+        named = read_start(str(self.start_from)).get("base_model_name_or_path")
         if not named:
             raise ValueError(f"`model` must be given: the adapter in {self.start_from!r} names no base model.")
         return base_of_adapter(str(self.start_from), named)
-
-    def _config_of_start(self) -> dict[str, Any]:
-        """Return the config of the adapter to start from, which PEFT reads whatever its method and format are."""
-        from gralora.files.adapter_config import read_gralora_config
-
-        try:
-            return read_gralora_config(str(self.start_from))
-        except FileNotFoundError:
-            raise FileNotFoundError(
-                f"`start_from` must be the folder of an adapter; there is none in {self.start_from!r}."
-            ) from None
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -260,7 +248,9 @@ class TrainingOptions:
         from gralora.tuner.config import GraloraConfig
 
         if self.start_from is not None:
-            self._config_of_start()
+            from gralora.recipe.start import read_start
+
+            read_start(self.start_from)
             config = GraloraConfig.from_pretrained(self.start_from)
             config.inference_mode = False
             return config

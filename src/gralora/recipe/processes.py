@@ -17,11 +17,9 @@ T = TypeVar("T")
 
 # Names by which torchrun, accelerate and the MPI libraries say how many processes there are.
 _COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
 # Long, since others wait while the main process reads rows or downloads a model; the launcher notices a death at once.
 _TIMEOUT = timedelta(hours=2)
-
-
-_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
 
 
 class StoppedTogetherError(RuntimeError):
@@ -61,11 +59,6 @@ class Processes:
     def share_model(self) -> bool:
         """Whether a process may hold only a part of the model, so that all must run it in step."""
         return self.kind in ("FSDP2", "DeepSpeed")
-
-    def barrier(self) -> None:
-        """Wait until every process is here."""
-        if self._state:
-            self._state.wait_for_everyone()
 
     def any(self, flag: bool) -> bool:
         """Return whether `flag` is true in any process."""

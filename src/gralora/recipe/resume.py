@@ -31,8 +31,8 @@ from gralora.recipe.options_file import overlay, to_yaml
 from gralora.recipe.processes import Processes
 from gralora.recipe.run_folder import RUN_FILE, RunFolder, write_json
 
-# Options that may differ from those of the run. The hash of the rows stands for `data`.
-_FREE = {"output", "threads", "steps", "epochs", "data", "log_to", "sample_every", "push_to_hub"}
+# Options that may differ from those of the run. Hashes of the rows stand for their sources.
+_FREE = {"output", "threads", "steps", "epochs", "data", "eval", "eval_data", "log_to", "sample_every", "push_to_hub"}
 _NAMES = {field.name for field in fields(TrainingOptions)}
 
 
@@ -56,6 +56,7 @@ class RunState:
         processes: Number of processes when the run began, by which the rows of a step follow from the options.
         kind: `Processes.kind`, on which the form of the checkpoints depends.
         launch: `Processes.launch`, by which a restart of torchrun knows the run as its own.
+        held_out_sha256: Hash of the held-out rows; None in runs that an earlier version began.
     """
 
     options: dict[str, Any]
@@ -66,9 +67,12 @@ class RunState:
     processes: int = 1
     kind: str = "one process"
     launch: str | None = None
+    held_out_sha256: str | None = None
 
     @classmethod
-    def start(cls, options: TrainingOptions, data_sha256: str, processes: Processes) -> "RunState":
+    def start(
+        cls, options: TrainingOptions, data_sha256: str, processes: Processes, held_out_sha256: str | None = None
+    ) -> "RunState":
         """Return the state of a new run."""
         return cls(
             stored_options(options),
@@ -77,6 +81,7 @@ class RunState:
             processes=processes.count,
             kind=processes.kind,
             launch=processes.launch,
+            held_out_sha256=held_out_sha256,
         )
 
     @classmethod
@@ -94,7 +99,8 @@ class RunState:
             options = {name: value for name, value in dict(stored["options"]).items() if name in _NAMES}
             early = bool(stored.get("stopped_early"))
             count, kind, launch = stored.get("processes", 1), stored.get("kind", "one process"), stored.get("launch")
-            state = cls(options, stored["threads"], stored["data_sha256"], before, early, count, kind, launch)
+            held_out = stored.get("held_out_sha256")
+            state = cls(options, stored["threads"], stored["data_sha256"], before, early, count, kind, launch, held_out)
             require_integer("threads", state.threads)
             require_integer("processes", state.processes)
             require_text("kind", state.kind)
@@ -117,6 +123,8 @@ class RunState:
         }
         if self.launch is not None:
             stored["launch"] = self.launch
+        if self.held_out_sha256 is not None:
+            stored["held_out_sha256"] = self.held_out_sha256
         if self.before is not None:
             stored["before"] = self.before._asdict()
         if self.stopped_early:
@@ -174,10 +182,15 @@ class RunState:
             f"{processes.count}, and the run trained with {self.kind} on {self.processes}. Start it in the same way."
         )
 
-    def data_refusal(self, data: tuple[str, ...], data_sha256: str) -> str | None:
-        """Return why the run cannot be resumed on rows from `data` with this fingerprint, or None."""
+    def data_refusal(self, data: tuple[str, ...], data_sha256: str, held_out_sha256: str | None = None) -> str | None:
+        """Return why the run cannot be resumed on rows with these fingerprints, or None."""
         if data_sha256 == self.data_sha256:
-            return None
+            if self.held_out_sha256 in (None, held_out_sha256):
+                return None
+            return (
+                "`eval` and `eval_data` must hold the rows of the run to resume; they have changed, and scores before "
+                "and after would not compare. Restore them, or start a new run in another folder."
+            )
         return (
             f"`data` must hold the rows of the run to resume; {', '.join(data) or PACKAGED_TASK!r} has changed, or its "
             "tokenizer has. Restore it, or start a new run in another folder."

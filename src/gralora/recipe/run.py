@@ -1,5 +1,7 @@
 """One run from its rows to its files: what `training` begins, in every process."""
 
+import hashlib
+import json
 import socket
 import time
 from collections import Counter
@@ -168,7 +170,7 @@ class Run:
         if result.stopped_early != self.state.stopped_early:
             self._store(stopped_early=result.stopped_early)
         self._write(result, adapter=True)
-        if self.state.before and not result.interrupted:
+        if self.state.before and not self.signals.stopping:
             result = self._score_trained(result, self.state.before)
             self._write(result, adapter=False)
         if options.push_to_hub and not result.interrupted:
@@ -245,9 +247,10 @@ class Run:
     def _start_or_resume(self) -> tuple[RunState, resume.Checkpoint | None, bool]:
         """Return the state, the checkpoint to go on from, and whether more steps are asked for than before."""
         options, resumed, fingerprint = self.options, self.resumed, self.encoded.fingerprint()
+        held_out = self._held_out_fingerprint()
         if resumed is None:
-            return RunState.start(options, fingerprint, self.processes), None, False
-        if reason := resumed.data_refusal(options.data, fingerprint):
+            return RunState.start(options, fingerprint, self.processes, held_out), None, False
+        if reason := resumed.data_refusal(options.data, fingerprint, held_out):
             raise ValueError(reason)
         checkpoint, damaged = resume.last_checkpoint(self.folder)
         for problem in damaged:
@@ -262,9 +265,15 @@ class Run:
                 f"rows as before, since each accumulates {accumulation} of its batches"
             )
         kind, launch = self.processes.kind, self.processes.launch
-        state = replace(resumed, options=stored_options(options), kind=kind, launch=launch)
+        threads = options.threads or resumed.threads
+        state = replace(resumed, options=stored_options(options), threads=threads, kind=kind, launch=launch)
         more_steps = any(state.options[name] != resumed.options.get(name) for name in ("steps", "epochs"))
         return state, checkpoint, more_steps
+
+    def _held_out_fingerprint(self) -> str:
+        rows = [[row.messages, row.tools] for row in self.eval_rows]
+        validation = self.validation.fingerprint() if self.validation else None
+        return hashlib.sha256(json.dumps([rows, validation], default=str).encode()).hexdigest()
 
     def _ended_early(self) -> bool:
         return self.state.stopped_early and not self.more_steps
@@ -337,7 +346,6 @@ class Run:
                 rows,
                 on_rows_done=lambda done: self.reporter.scoring(when, done, len(rows)),
                 processes=self.processes,
-                in_step=self.processes.share_model,
             )
 
     def _write(self, result: TrainingResult, adapter: bool) -> None:
@@ -362,7 +370,8 @@ class Run:
             write_json(partial / "metrics.json", metrics)
             if result.losses:
                 write_loss_curve(partial / "loss.png", result.losses, result.eval_losses)
-            card = model_card.render(self.options, self.model.peft_config["default"], result)
+            batch = self.summary().global_batch
+            card = model_card.render(self.options, self.model.peft_config["default"], batch, result)
             (partial / "README.md").write_text(card)
 
     def _save_adapter(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:

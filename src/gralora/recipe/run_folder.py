@@ -11,6 +11,7 @@ A file appears under its name only when it is complete: a run that is killed lea
 """
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,13 @@ class RunFolder:
             f"`output` must be a new or an empty folder; got output={str(self.path)!r}. Name another one, or "
             "continue the run in it with `resume_run`."
         )
+
+    def writing_refusal(self) -> str | None:
+        """Return why the folder cannot be made or written, or None, without trying."""
+        parent = next(folder for folder in (self.path, *self.path.parents) if folder.exists())
+        if parent.is_dir() and os.access(parent, os.W_OK | os.X_OK):
+            return None
+        return f"`output` must be a folder that can be written; got output={str(self.path)!r}."
 
     def claim(self) -> str | None:
         """Make the folder, and claim it until `release` or `leave`.

@@ -1,13 +1,14 @@
 """The adapter that a run starts from."""
 
 from pathlib import Path
+from typing import Any
 
 from gralora.files.adapter_config import read_config, read_gralora_config
 from gralora.files.names import CONFIG_FILE
 
 
-def require_start(folder: str) -> None:
-    """Check that `start_from` is the folder of a GraLoRA adapter, before the model is loaded.
+def read_start(folder: str) -> dict[str, Any]:
+    """Return the config of the adapter in `folder`, which `start_from` names; PEFT reads one of any method.
 
     Raises:
         FileNotFoundError: There is no adapter.
@@ -20,4 +21,4 @@ def require_start(folder: str) -> None:
             f"`start_from` must be a GraLoRA adapter; {folder!r} is a LoRA. Convert it first: "
             f"gralora import {folder} OUTPUT"
         )
-    read_gralora_config(folder)
+    return read_gralora_config(folder)

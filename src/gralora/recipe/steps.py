@@ -44,6 +44,11 @@ class StepCallback(TrainerCallback):
             RuntimeError: The loss is not finite, or the gradient norm of a step that is not passed over.
         """
         if "eval_loss" in logs:
+            if not math.isfinite(logs["eval_loss"]):
+                self.processes.stop(
+                    f"The evaluation loss is not finite at step {state.global_step}: {logs['eval_loss']}. Start a new "
+                    "run in another folder with a lower `lr`, or look at the validation rows."
+                )
             self.reporter.evaluated(state.global_step, logs["eval_loss"])
         if "loss" not in logs:
             return

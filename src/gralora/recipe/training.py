@@ -99,7 +99,8 @@ def dry_run(options: TrainingOptions, reporter: Reporter | None = None) -> RunSu
 
     _require_libraries(options)
     reporter = _reporter_here(reporter)
-    if reason := RunFolder(options.output).new_run_refusal():
+    planned = RunFolder(options.output)
+    if reason := planned.new_run_refusal() or planned.writing_refusal():
         raise ValueError(reason)
     with tempfile.TemporaryDirectory() as folder, quiet_libraries(reporter):
         processes = Processes()
@@ -113,12 +114,12 @@ def dry_run(options: TrainingOptions, reporter: Reporter | None = None) -> RunSu
 
 def _require_libraries(options: TrainingOptions) -> None:
     from gralora.recipe.arguments import require_trackers, trainer_refusal
-    from gralora.recipe.start import require_start
+    from gralora.recipe.start import read_start
 
     require("trl", "datasets", "matplotlib", extra="train")
     require_trackers(options)
     if options.start_from:
-        require_start(options.start_from)
+        read_start(options.start_from)
     if reason := trainer_refusal(options):
         raise ValueError(reason)
     if options.push_to_hub:

@@ -39,7 +39,6 @@ def score_exact_match(
     batch_size: int = 32,
     on_rows_done: Callable[[int], None] = lambda count: None,
     processes: Processes | None = None,
-    in_step: bool = False,
 ) -> Score:
     """Answer the prompt of every row greedily, and count the answers that equal the reference.
 
@@ -53,9 +52,9 @@ def score_exact_match(
         batch_size: Number of rows generated at once.
         on_rows_done: Called with the number of rows done so far.
         processes: The processes that call this; None for this one alone.
-        in_step: Whether each process holds a shard of the model, so that all must generate in step.
     """
     processes = processes or Processes()
+    in_step = processes.share_model
     prompts = [encode_prompt(row.prompt, row.is_plain, tokenizer, row.tools) for row in rows]
     references = [tokenizer(row.completion, add_special_tokens=False)["input_ids"] for row in rows]
     limit = max(map(len, references)) + _SLACK
