@@ -462,7 +462,10 @@ class LayerContract:
         suffixes = ("gralora_A", "gralora_B", "gralora_A_general.weight", "gralora_B_general.weight")
         files = load_file(tmp_path / "adapter_model.safetensors")
         assert files.keys() == {f"base_model.model.layer.{suffix}" for suffix in suffixes}  # as PEFT's own writes them
-        loaded = PeftModel.from_pretrained(self.hold(pristine), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        # Trainable as the first one is: for inference alone, a 4-bit base may compute by another kernel.
+        loaded = PeftModel.from_pretrained(
+            self.hold(pristine), tmp_path, is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage
+        ).eval()
         assert_all_equal(factors_of(layer_of(loaded)), factors_of(layer_of(model)))
         with torch.no_grad():  # some products of torch depend on whether gradients are asked for
             assert torch.equal(loaded(x), model(x))

@@ -9,6 +9,7 @@ from gralora.export import write
 from gralora.export.convert import LoraOptions
 from gralora.export.lora import write_folder
 from gralora.export.verify import open_lora
+from gralora.files.disk import DiskFullError
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def test_a_failing_write_leaves_what_was_there(folder, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("gralora.files.adapter_folder.save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DiskFullError, match="The disk is full: "):
         to_lora(folder, tmp_path / "lora", overwrite=True, max_rank=2)
     assert (tmp_path / "lora/adapter_model.safetensors").read_bytes() == before
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["adapter", "lora"]
