@@ -107,6 +107,7 @@ def test_experts_are_merged_into_the_layout_of_the_base(name, tmp_path, capsys):
     written = [load_file(next((tmp_path / part).glob("*.safetensors"))) for part in ("base", "out")]
     assert {key: t.shape for key, t in written[0].items()} == {key: t.shape for key, t in written[1].items()}
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    # A merged float32 weight is rounded once more than W and Δ apart.
     torch.testing.assert_close(plain(TOKENS).logits, model(TOKENS).logits, atol=1e-5, rtol=1e-5)
 
 
@@ -120,6 +121,7 @@ def test_an_embedding_is_merged_and_untied(tmp_path, capsys):
         model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     assert run(capsys, "merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out")[0] == 0
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    # A merged float32 weight is rounded once more than W and Δ apart.
     torch.testing.assert_close(plain(TOKENS).logits, model(TOKENS).logits, atol=1e-5, rtol=1e-5)
 
 

@@ -58,6 +58,7 @@ def alone(base_model, rows_file, tmp_path_factory):
 
 
 def until(condition, run):
+    """Ask again and again, since a process of its own tells nothing by itself."""
     while not condition():
         assert run.poll() is None, run.communicate()
         time.sleep(0.01)
@@ -122,6 +123,7 @@ else:
 
 
 def wait_for(pattern, count):
+    # Again and again: the processes know each other by files alone.
     while len(list(folder.glob(pattern))) < count:
         time.sleep(0.001)
 
@@ -207,6 +209,7 @@ def test_processes_that_cannot_go_on_are_refused_with_the_numbers(before, now, r
 def test_a_mistake_is_said_by_one_process(arguments, rank, speaks, monkeypatch, capsys):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("LOCAL_RANK", rank)
+    # The others leave the main process time to speak first.
     monkeypatch.setattr("gralora.recipe.processes.time.sleep", lambda seconds: None)
     assert command_line.run("train", *arguments) == 2
     assert bool(capsys.readouterr().err) == speaks

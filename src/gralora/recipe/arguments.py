@@ -7,7 +7,6 @@ import re
 from dataclasses import fields
 from typing import Any
 
-from gralora.recipe.environment import environment
 from gralora.recipe.options import TrainingOptions
 
 # Fields of SFTConfig that an option of ours sets.
@@ -153,6 +152,7 @@ def make_arguments(options: TrainingOptions, folder: str, has_validation: bool, 
     """
     import torch
     from accelerate import PartialState
+    from accelerate.utils import patch_environment
     from trl import SFTConfig  # pyright: ignore[reportPrivateImportUsage]
 
     settings: dict[str, Any] = {
@@ -202,7 +202,7 @@ def make_arguments(options: TrainingOptions, folder: str, has_validation: bool, 
     # Else accelerate's launcher would decide, by this variable.
     precision = {"ACCELERATE_MIXED_PRECISION": options.mixed_precision} if options.mixed_precision else {}
     try:
-        with environment(precision):
+        with patch_environment(**precision):
             return SFTConfig(**settings)
     except (TypeError, ValueError, ImportError, OSError) as error:
         raise ValueError(f"`trainer` and the options must suit transformers; it refuses them: {error}") from error

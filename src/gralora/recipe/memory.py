@@ -1,6 +1,6 @@
 """An estimate of the memory that a training run takes."""
 
-import itertools
+import heapq
 from typing import Any
 
 import torch
@@ -30,8 +30,8 @@ def estimate_memory(trainer: Any) -> dict[str, int]:
 
 
 def _activations(trainer: Any, known: set[int]) -> int:
-    longest = sorted(trainer.train_dataset, key=lambda row: -len(row["input_ids"]))
-    rows = list(itertools.islice(longest, trainer.args.per_device_train_batch_size))
+    count = trainer.args.per_device_train_batch_size
+    rows = heapq.nlargest(count, trainer.train_dataset, key=lambda row: len(row["input_ids"]))
     columns = ("input_ids", "labels", "position_ids", "seq_lengths")
     batch = trainer.data_collator([{k: v for k, v in row.items() if k in columns} for row in rows])
     kept: dict[int, int] = {}

@@ -32,7 +32,6 @@ from gralora.recipe.data import (
     read_rows,
     split_rows,
 )
-from gralora.recipe.environment import environment
 from gralora.recipe.options import PACKAGED_TASK, TrainingOptions
 from gralora.recipe.processes import Processes
 from gralora.recipe.progress import Reporter, RunSummary
@@ -76,6 +75,8 @@ class Run:
 
     def load(self) -> None:
         """Read the rows, load the model, and make the trainer."""
+        from accelerate.utils import patch_environment
+
         from gralora.recipe.arguments import make_arguments
         from gralora.recipe.steps import SampleCallback, StepCallback
         from gralora.recipe.trainer import make_trainer
@@ -104,7 +105,7 @@ class Run:
             model = source.load_model(
                 dtype, load_in=options.load_in, attention=options.attention, allow_missing=options.allow_missing
             )
-            with environment(logs):
+            with patch_environment(**logs):
                 self.trainer = make_trainer(
                     options, arguments, model, self.tokenizer, self.encoded, self.validation, callbacks
                 )
@@ -150,7 +151,9 @@ class Run:
         total = trainer.args.max_steps
         if checkpoint and checkpoint.step > total:
             raise ValueError(f"`steps` must be at least the {checkpoint.step} that the run has done; got {total}.")
-        reporter.ready(self.summary())
+        summary = self.summary()
+        self.global_batch = summary.global_batch
+        reporter.ready(summary)
         config = self.model.peft_config["default"]
         if warning := rank_warning(config.gralora_k, config.r, config.hybrid_r):
             reporter.note(warning)
@@ -370,8 +373,7 @@ class Run:
             write_json(partial / "metrics.json", metrics)
             if result.losses:
                 write_loss_curve(partial / "loss.png", result.losses, result.eval_losses)
-            batch = self.summary().global_batch
-            card = model_card.render(self.options, self.model.peft_config["default"], batch, result)
+            card = model_card.render(self.options, self.model.peft_config["default"], self.global_batch, result)
             (partial / "README.md").write_text(card)
 
     def _save_adapter(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
